@@ -1,0 +1,1 @@
+"""Typed configuration: dataclasses (schema.py), Hydra YAML groups beside them, composition and checks."""

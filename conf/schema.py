@@ -1,0 +1,289 @@
+"""What every command can be told: one dataclass a command, one field a key, with type, default and a line of help.
+
+`KEY = None` means "not given"; a key that must be given has the type `str` and the default MISSING.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+
+def key(default: Any, help: str, choices: tuple[str, ...] = (), within: str = "") -> Any:
+    """A field with its line of help and, for words, the allowed ones; for numbers, the allowed interval such as "[0, 1)"."""
+    return field(default=default, metadata={"help": help, "choices": choices, "within": within})
+
+
+def words(help: str) -> Any:
+    """A field that holds a list of words, empty by default."""
+    return field(default_factory=list, metadata={"help": help})
+
+
+def part(cls: type, help: str) -> Any:
+    """A field that holds a nested dataclass."""
+    return field(default_factory=cls, metadata={"help": help})
+
+
+PLACEMENTS = ("halves_bits", "halves_tile")
+GRADIENTS = ("topk", "ste")
+DISPATCHERS = ("alltoall", "allgather", "grouped_allgather")
+
+
+# ---------------------------------------------------------------- train
+
+
+@dataclass
+class Model:
+    """Shape of a Qwen3-MoE decoder trained from scratch; a checkpoint's own config.json replaces it."""
+
+    vocab_size: int = key(8448, "rows of the embedding and of the head", within="[1, inf)")
+    hidden_size: int = key(192, "width of the residual stream", within="[1, inf)")
+    num_hidden_layers: int = key(4, "decoder layers", within="[1, inf)")
+    num_attention_heads: int = key(4, "query heads", within="[1, inf)")
+    num_key_value_heads: int = key(2, "key and value heads", within="[1, inf)")
+    head_dim: int = key(48, "width of a head", within="[1, inf)")
+    num_experts: int = key(128, "routed experts of a layer", within="[1, inf)")
+    num_experts_per_tok: int = key(8, "experts that a token visits (top-k)", within="[1, inf)")
+    router_n_groups: int = key(1, "groups that top-k is split over; 1 is plain top-k", within="[1, inf)")
+    moe_intermediate_size: int = key(48, "width inside an expert", within="[1, inf)")
+    norm_topk_prob: bool = key(True, "divide the chosen probabilities by their sum")
+    rope_theta: float = key(1e6, "base of the rotary frequencies", within="(0, inf)")
+    max_position_embeddings: int = key(4096, "longest sequence the model is meant for", within="[1, inf)")
+    rms_norm_eps: float = key(1e-6, "epsilon of the norms", within="(0, inf)")
+    tie_word_embeddings: bool = key(False, "the head shares the embedding's weights")
+    initializer_range: float = key(0.02, "standard deviation of fresh weights", within="(0, inf)")
+
+
+@dataclass
+class Run:
+    dir: str = key(MISSING, "folder of the run; a folder that holds a checkpoint is gone on from")
+    resume: str = key(
+        "auto", "auto: from the newest valid checkpoint; exact: the newest or nothing; never: anew", ("auto", "exact", "never")
+    )
+
+
+@dataclass
+class Train:
+    steps: int = key(100, "optimiser steps in all", within="[1, inf)")
+    global_batch: int = key(8, "packed sequences a step, over all ranks", within="[1, inf)")
+    micro_batch: int = key(1, "packed sequences a forward pass on one data-parallel rank", within="[1, inf)")
+    seq_length: int = key(1024, "tokens of a packed sequence", within="[1, inf)")
+
+
+@dataclass
+class Optim:
+    lr: float = key(1e-3, "peak learning rate", within="[0, inf)")
+    min_lr: float = key(0.0, "learning rate at the end of the decay", within="[0, inf)")
+    schedule: str = key("wsd", "wsd (warm-up, stable, decay), cosine or constant", ("wsd", "cosine", "constant"))
+    warmup_steps: int = key(0, "steps of linear warm-up", within="[0, inf)")
+    decay_steps: int = key(0, "steps of the final linear decay of wsd", within="[0, inf)")
+    weight_decay: float = key(0.1, "AdamW weight decay of matrices (norms have none)", within="[0, inf)")
+    beta1: float = key(0.9, "AdamW beta1", within="[0, 1)")
+    beta2: float = key(0.95, "AdamW beta2", within="[0, 1)")
+    eps: float = key(1e-8, "AdamW epsilon", within="(0, inf)")
+    clip_grad: float = key(1.0, "largest gradient norm; 0 turns clipping off", within="[0, inf)")
+
+
+@dataclass
+class Router:
+    gradient: str = key("ste", "gradient of the router: topk (plain) or ste (straight-through, dense)", GRADIENTS)
+    temperature: float = key(1.0, "temperature of the straight-through surrogate", within="(0, inf)")
+
+
+@dataclass
+class Balance:
+    coefficient: float = key(1e-3, "weight of the Switch balance loss of each layer (scope: one micro-batch)", within="[0, inf)")
+    z_loss: float = key(0.0, "weight of the router z-loss of each layer", within="[0, inf)")
+
+
+@dataclass
+class Parallel:
+    expert: int = key(1, "expert-parallel ranks (EP)", within="[1, inf)")
+    tensor: int = key(1, "tensor-parallel ranks (TP); more than one turns sequence parallelism on", within="[1, inf)")
+    expert_tensor: int = key(1, "tensor-parallel ranks inside an expert (ETP)", within="[1, inf)")
+    pipeline: int = key(1, "pipeline stages (PP)", within="[1, inf)")
+    context: int = key(1, "context-parallel ranks (CP)", within="[1, inf)")
+    dispatcher: str = key("alltoall", "how tokens reach experts on other ranks", DISPATCHERS)
+    recompute: str = key("none", "activations to compute again in the backward pass", ("none", "selective", "full"))
+    timeout_seconds: float = key(600.0, "longest wait for another rank", within="(0, inf)")
+
+
+@dataclass
+class Data:
+    shards: str = key(MISSING, "folder written by `moexpand data build`")
+    tokenizer: str | None = key(None, "qwen, qwen-8192 or a Hugging Face folder; not given: the one the shards were indexed with")
+    held_out: float = key(0.05, "fraction of the samples kept for evaluation", within="[0, 1)")
+    max_bad_fraction: float = key(0.0, "largest fraction of unreadable samples before the run stops", within="[0, 1]")
+
+
+@dataclass
+class Precision:
+    name: str = key("fp32", "fp32 or bf16 (fp32 master weights and moments in both)", ("fp32", "bf16"))
+
+
+@dataclass
+class Launch:
+    name: str = key("local", "local starts the workers on this machine", ("local",))
+    processes: int = key(1, "workers on this machine", within="[1, inf)")
+    grace_seconds: float = key(60.0, "time that workers get to save after a signal", within="[0, inf)")
+    dry_run: bool = key(False, "check everything, print the command and stop")
+
+
+@dataclass
+class Save:
+    every: int = key(0, "steps between checkpoints; 0 saves at the end alone", within="[0, inf)")
+    keep: int = key(2, "checkpoints to keep", within="[1, inf)")
+
+
+@dataclass
+class Evaluate:
+    every: int = key(0, "steps between evaluations on held-out samples; 0 evaluates never", within="[0, inf)")
+    batches: int = key(8, "packed sequences an evaluation", within="[1, inf)")
+
+
+@dataclass
+class Track:
+    wandb: str = key("offline", "online, offline or off", ("online", "offline", "off"))
+    project: str = key("moexpand", "W&B project")
+    name: str | None = key(None, "W&B run name; not given: the run folder's name")
+
+
+@dataclass
+class TrainCommand:
+    """Train a checkpoint (or a fresh model) on shards."""
+
+    checkpoint: str | None = key(None, "Hugging Face folder to start from; not given: fresh weights of the shape in `model`")
+    seed: int = key(0, "seed of fresh weights and of the order of samples", within="[0, 4294967295]")
+    engine: str = key("megatron", "training engine", ("megatron",))
+    plain: bool = key(False, "plain lines even on a terminal")
+    debug: bool = key(False, "print tracebacks")
+    run: Run = part(Run, "the run folder")
+    model: Model = part(Model, "shape of a model trained from scratch")
+    train: Train = part(Train, "length and batch")
+    optim: Optim = part(Optim, "AdamW and its schedule")
+    router: Router = part(Router, "the router's gradient")
+    balance: Balance = part(Balance, "auxiliary losses")
+    parallel: Parallel = part(Parallel, "layout over ranks")
+    data: Data = part(Data, "shards")
+    precision: Precision = part(Precision, "number formats")
+    launch: Launch = part(Launch, "how workers start")
+    save: Save = part(Save, "checkpoints")
+    evaluate: Evaluate = part(Evaluate, "held-out loss during training")
+    track: Track = part(Track, "W&B")
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+@dataclass
+class UpcycleCommand:
+    """Expand a parent checkpoint into a child, streaming."""
+
+    source: str = key(MISSING, "parent's Hugging Face folder")
+    target: str = key(MISSING, "folder to write; must not exist")
+    num_experts: int = key(512, "experts of the child's layers", within="[1, inf)")
+    num_groups: int = key(8, "groups of the child's router", within="[1, inf)")
+    placement: str = key("halves_bits", "which parent each slot copies", PLACEMENTS)
+    seed: int = key(0, "seed of the recipe's random parts", within="[0, 4294967295]")
+    max_shard_size: str = key("5GB", "largest output file")
+    workers: int = key(0, "copying processes; 0 takes one a core", within="[0, inf)")
+    dry_run: bool = key(False, "check everything and print the plan without writing")
+    plan_out: str | None = key(None, "write the plan to this JSON file")
+    plain: bool = key(False, "plain lines even on a terminal")
+    debug: bool = key(False, "print tracebacks")
+
+
+@dataclass
+class VerifyCommand:
+    """Prove that every tensor of a child equals its recipe."""
+
+    source: str = key(MISSING, "parent's folder")
+    target: str = key(MISSING, "child's folder")
+    plain: bool = key(False, "plain lines even on a terminal")
+    debug: bool = key(False, "print tracebacks")
+
+
+@dataclass
+class CountCommand:
+    """Count parameters by part, in all and active per token."""
+
+    model: str = key(MISSING, "a checkpoint folder, a config.json or a preset's name")
+    format: str = key("table", "table or json", ("table", "json"))
+    debug: bool = key(False, "print tracebacks")
+
+
+@dataclass
+class ExportCommand:
+    """Write a run's checkpoint as a Hugging Face folder."""
+
+    run: str = key(MISSING, "run folder")
+    step: int | None = key(None, "step of the checkpoint; not given: the latest", within="[0, inf)")
+    target: str = key(MISSING, "folder to write; must not exist")
+    format: str = key(
+        "native", "native (with group-aware model code) or lmdeploy (router_n_groups alone)", ("native", "lmdeploy")
+    )
+    max_shard_size: str = key("5GB", "largest output file")
+    debug: bool = key(False, "print tracebacks")
+
+
+@dataclass
+class LogitsCommand:
+    """Run the engine forward on a Hugging Face folder."""
+
+    checkpoint: str = key(MISSING, "Hugging Face folder")
+    tokens: str = key(MISSING, "int64 .npy [B, S]")
+    out: str = key(MISSING, "float32 .npy [B, S, V] to write")
+    processes: int = key(1, "workers on this machine", within="[1, inf)")
+    parallel: Parallel = part(Parallel, "layout over ranks")
+    precision: Precision = part(Precision, "number formats")
+    debug: bool = key(False, "print tracebacks")
+
+
+# ---------------------------------------------------------------- data
+
+
+@dataclass
+class Filters:
+    min_characters: int = key(200, "shortest text sample", within="[0, inf)")
+    max_symbol_ratio: float = key(0.4, "largest fraction of characters that are neither letters nor spaces", within="[0, 1]")
+    max_repetition: float = key(0.5, "largest fraction of a text that repeats its own lines", within="[0, 1]")
+    min_figure_points: float = key(36.0, "smallest side of a figure, in PDF points", within="[0, inf)")
+
+
+@dataclass
+class DataBuildCommand:
+    """Turn PDFs and other sources into shards."""
+
+    pdfs: str | None = key(None, "folder of PDF files")
+    sources: list[str] = words("jsonl and plain-text files or folders of them")
+    out: str = key(MISSING, "folder to write; must not exist")
+    workers: int = key(0, "processes; 0 takes one a core", within="[0, inf)")
+    tokenizer: str = key("qwen", "qwen, qwen-8192 or a Hugging Face folder")
+    shard_samples: int = key(512, "samples of a tar file", within="[1, inf)")
+    sample_characters: int = key(6000, "a text sample is cut at the paragraph that passes this length", within="[1, inf)")
+    image_dpi: int = key(144, "resolution of cropped figures", within="[1, inf)")
+    pdf_seconds: float = key(120.0, "longest time for one PDF", within="(0, inf)")
+    filters: Filters = part(Filters, "thresholds; every dropped sample is counted under its reason")
+    plain: bool = key(False, "plain lines even on a terminal")
+    debug: bool = key(False, "print tracebacks")
+
+
+@dataclass
+class DataInspectCommand:
+    """Show what a shard folder holds, what was dropped and why."""
+
+    shards: str = key(MISSING, "folder written by `moexpand data build`")
+    format: str = key("table", "table or json", ("table", "json"))
+    debug: bool = key(False, "print tracebacks")
+
+
+COMMANDS: dict[str, type] = {
+    "train": TrainCommand,
+    "upcycle": UpcycleCommand,
+    "verify": VerifyCommand,
+    "count": CountCommand,
+    "export": ExportCommand,
+    "logits": LogitsCommand,
+    "data build": DataBuildCommand,
+    "data inspect": DataInspectCommand,
+}

@@ -1,0 +1,1 @@
+"""PDFs and other sources to shards, shards to packed batches."""

@@ -1,0 +1,1 @@
+"""Starts workers: torchrun on this machine, and the quickstart that runs every stage."""

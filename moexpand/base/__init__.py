@@ -1,0 +1,1 @@
+"""The foundation that every room may import; it imports none of them."""

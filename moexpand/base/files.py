@@ -1,0 +1,119 @@
+"""Files that are whole or absent: atomic writes, folders published by one rename, checksums, disk errors as sentences."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from moexpand.base.errors import EnvironmentFailure, InputError
+
+PARTIAL = ".partial"
+READ_CHUNK = 8 << 20
+
+
+@contextmanager
+def disk_errors(action: str) -> Iterator[None]:
+    """Turn an `OSError` raised inside into an `EnvironmentFailure` that says what was being done.
+
+    Args:
+        action: what is being done and to what, such as "writing /runs/child".
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise EnvironmentFailure(f"The disk is full while {action}; free some space and start again.") from error
+        where = f" ({error.filename})" if error.filename else ""
+        raise EnvironmentFailure(f"{error.strerror or error} while {action}{where}.") from error
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names inside `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Write `content` under a temporary name, fsync it and rename it to `path`: readers see the old file or the new one."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    data = content.encode() if isinstance(content, str) else content
+    with disk_errors(f"writing {path}"):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            fsync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; a missing or broken one is an `InputError` that names it."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid JSON: {error}.") from None
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Build a folder under a temporary name and publish it as `target` by one rename.
+
+    Yields the temporary folder, beside the target. When the body succeeds every file in it is already durable by its own
+    writer or is fsynced here; when the body fails the temporary folder is removed and nothing stands under the target's name.
+
+    Raises:
+        InputError: `target` exists and is not an empty folder.
+        EnvironmentFailure: the disk is full, read-only, ...
+    """
+    target = Path(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{target} exists already and is not an empty folder; choose another target or remove it.")
+    building = target.with_name(f".{target.name}{PARTIAL}")
+    with disk_errors(f"writing {target}"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if building.exists():
+            shutil.rmtree(building)
+        building.mkdir()
+        try:
+            yield building
+            for file in sorted(path for path in building.rglob("*") if path.is_file()):
+                with open(file, "rb") as handle:
+                    os.fsync(handle.fileno())
+            for folder in sorted((path for path in building.rglob("*") if path.is_dir()), reverse=True):
+                fsync_folder(folder)
+            fsync_folder(building)
+            if target.exists():
+                target.rmdir()
+            os.rename(building, target)
+            fsync_folder(target.parent)
+        except BaseException:
+            shutil.rmtree(building, ignore_errors=True)
+            raise
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(READ_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Everything that knows ranks, with every Megatron-Core object behind a small interface."""

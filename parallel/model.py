@@ -1,0 +1,149 @@
+"""Builds one pipeline stage's GPTModel of Megatron-Core from our layer spec. The choice of modules is made here and nowhere else."""
+
+from functools import partial
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from moexpand.parallel import cpu
+from moexpand.parallel.attention import PackedAttention
+from moexpand.parallel.dispatcher import GroupedAllGatherDispatcher
+from moexpand.parallel.experts import GroupedExperts
+from moexpand.parallel.norm import RMSNorm
+from moexpand.parallel.rotary import RotaryAngles
+from moexpand.parallel.router import GroupedRouter, MicroBatchTotals
+from moexpand.parallel.shape import Layout, ModelShape, RouterRules
+
+
+def transformer_config(shape: ModelShape, layout: Layout, dtype: torch.dtype) -> TransformerConfig:
+    """Our shape and layout in Megatron-Core's words."""
+    recompute = {
+        "none": {},
+        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "moe"]},
+        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    }[layout.recompute]
+    return TransformerConfig(
+        num_layers=shape.num_hidden_layers,
+        hidden_size=shape.hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_key_value_heads,
+        kv_channels=shape.head_dim,
+        ffn_hidden_size=shape.moe_intermediate_size,
+        moe_ffn_hidden_size=shape.moe_intermediate_size,
+        num_moe_experts=shape.num_experts,
+        moe_router_topk=shape.num_experts_per_tok,
+        moe_token_dispatcher_type="alltoall" if layout.dispatcher == "alltoall" else "allgather",
+        moe_router_load_balancing_type="none",
+        moe_router_dtype="fp32",
+        moe_grouped_gemm=False,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.rms_norm_eps,
+        qk_layernorm=True,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        perform_initialization=False,
+        calculate_per_token_loss=True,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
+        sequence_parallel=layout.tensor > 1,
+        deterministic_mode=False,
+        use_cpu_initialization=True,
+        **recompute,
+    )
+
+
+def _layer_spec(shape: ModelShape, rules: RouterRules, totals: MicroBatchTotals) -> ModuleSpec:
+    router = partial(GroupedRouter, groups=shape.router_n_groups, renormalise=shape.norm_topk_prob, rules=rules, totals=totals)
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=PackedAttention,
+                    linear_proj=RowParallelLinear,
+                    q_layernorm=RMSNorm,
+                    k_layernorm=RMSNorm,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=GroupedExperts, router=router)),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def build_stage(shape: ModelShape, layout: Layout, rules: RouterRules, dtype: torch.dtype, totals: MicroBatchTotals) -> GPTModel:
+    """This rank's pipeline stage, its weights not yet filled (`weights.fill` does that).
+
+    The process groups must exist (`ranks.start`). Embedding and head are split over vocabulary rows.
+    """
+    config = transformer_config(shape, layout, dtype)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    layers = get_num_layers_to_build(config, pp_rank=groups.pp.rank())
+    spec = TransformerBlockSubmodules(layer_specs=[_layer_spec(shape, rules, totals)] * layers, layer_norm=RMSNorm)
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=spec,
+        vocab_size=shape.vocab_size,
+        max_sequence_length=shape.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=shape.tie_word_embeddings,
+        position_embedding_type="rope",
+        rotary_base=int(shape.rope_theta),
+        pg_collection=groups,
+    )
+    model.rotary_pos_emb = RotaryAngles(shape.head_dim, shape.rope_theta, dtype)
+    if layout.dispatcher == "grouped_allgather" or layout.expert == 1:
+        for layer in model.decoder.layers:
+            moe = layer.mlp
+            moe.token_dispatcher = GroupedAllGatherDispatcher(moe.num_local_experts, moe.local_expert_indices, config, groups)
+            moe.router.compact = True
+    _mark_split_parameters(model)
+    return model.to(cpu.device())
+
+
+def _mark_split_parameters(model: GPTModel) -> None:
+    """Say which parameters differ between tensor-parallel ranks, so that all their shares count in the gradient norm.
+
+    Megatron-Core says so only where it initialises the weights itself.
+    """
+    split_axis = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
+    for module in model.modules():
+        if type(module) in split_axis and module.weight is not None:
+            set_tensor_model_parallel_attributes(module.weight, True, split_axis[type(module)], 1)

@@ -1,0 +1,80 @@
+"""Megatron-Core's distributed optimiser around AdamW, and its data-parallel wrapper."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+from moexpand.parallel import cpu
+
+
+@dataclass(frozen=True)
+class AdamSettings:
+    """AdamW; matrices decay, vectors (norms) do not."""
+
+    lr: float = 1e-3
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_grad: float = 1.0
+
+
+def wrap(model: GPTModel) -> DistributedDataParallel:
+    """Data parallelism with gradient buffers in fp32 (or wider); gradients are sums, divided by the step's tokens at the end."""
+    wide = torch.promote_types(model.config.params_dtype, torch.float32) == torch.float32
+    settings = DistributedDataParallelConfig(grad_reduce_in_fp32=wide, use_distributed_optimizer=True, overlap_grad_reduce=False)
+    wrapped = DistributedDataParallel(config=model.config, ddp_config=settings, module=model)
+    model.config.no_sync_func = wrapped.no_sync
+    model.config.finalize_model_grads_func = finalize_model_grads
+    return wrapped
+
+
+def build(wrapped: DistributedDataParallel, settings: AdamSettings) -> Any:
+    """The optimiser over all parameters, its states split over data-parallel ranks (experts: expert-data-parallel ranks)."""
+    dtype = wrapped.config.params_dtype
+    cpu.enable()
+    cpu.name_types_as_cuda(wrapped.parameters())
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=settings.lr,
+            min_lr=0.0,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.beta1,
+            adam_beta2=settings.beta2,
+            adam_eps=settings.eps,
+            bf16=dtype == torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=True,
+            clip_grad=settings.clip_grad,
+        ),
+        [wrapped],
+        use_gloo_process_groups=torch.cuda.is_available(),
+    )
+    if dtype == torch.float64:
+        for part in optimizer.chained_optimizers:
+            part._copy_model_grads_to_main_grads = partial(_copy_gradients, part)
+    for group in optimizer.param_groups:
+        if "foreach" in group:  # torch's AdamW: one fused pass over each parameter instead of a dozen
+            group["fused"], group["foreach"] = True, False
+        group["weight_decay"] = settings.weight_decay * group["wd_mult"]
+    return optimizer
+
+
+def _copy_gradients(optimizer: Any) -> None:
+    """Megatron-Core's copy of gradients to the optimiser's shards, without its cast to fp32 (float64 runs alone)."""
+    for parameters, shards in zip(optimizer.model_fp32_groups, optimizer.shard_fp32_groups, strict=True):
+        for parameter, shard in zip(parameters, shards, strict=True):
+            held = optimizer._get_model_param_range_map(parameter)["param"]
+            shard.grad = parameter.main_grad.view(-1)[held.start : held.end]
+
+
+def set_learning_rate(optimizer: Any, lr: float) -> None:
+    """Set the learning rate of all parameter groups, each times its own factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_mult"]

@@ -1,0 +1,88 @@
+"""Processes and their groups: torch.distributed and Megatron-Core's parallel state, started and stopped in one place."""
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from moexpand.base.errors import EnvironmentFailure, InputError
+from moexpand.parallel import cpu
+from moexpand.parallel.shape import Layout
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands."""
+
+    world_rank: int
+    world_size: int
+    data_rank: int
+    data_size: int
+    first_stage: bool
+    last_stage: bool
+
+    @property
+    def main(self) -> bool:
+        """Rank 0, which prints and writes what is written once."""
+        return self.world_rank == 0
+
+
+def start(layout: Layout, timeout_seconds: float = 600.0) -> Ranks:
+    """Join the process group (NCCL on GPUs, gloo on CPUs) and build the model-parallel groups.
+
+    Reads the rendezvous that torchrun put into the environment; without one, this process is a world of its own.
+
+    Raises:
+        InputError: the world's size does not fit the layout.
+        EnvironmentFailure: the peers did not come within `timeout_seconds`.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    for name, size in (
+        ("TP x CP x PP", layout.tensor * layout.context * layout.pipeline),
+        ("ETP x EP x PP", layout.expert_tensor * layout.expert * layout.pipeline),
+    ):
+        if world_size % size:
+            raise InputError(f"{world_size} ranks cannot hold the layout: {name} = {size} does not divide them.")
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    try:
+        if "WORLD_SIZE" in os.environ:
+            dist.init_process_group("nccl" if gpu else "gloo", timeout=timeout)
+        else:
+            dist.init_process_group("nccl" if gpu else "gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise EnvironmentFailure(f"The {world_size} ranks could not join within {timeout_seconds:g} s: {reason}") from error
+    cpu.enable()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
+        create_gloo_process_groups=gpu,
+        distributed_timeout_minutes=max(1, int(timeout_seconds / 60)),
+    )
+    # Weights are filled by name and there is no dropout; Megatron-Core still asks its tracker for a random state.
+    model_parallel_cuda_manual_seed(0)
+    return Ranks(
+        world_rank=dist.get_rank(),
+        world_size=world_size,
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+        first_stage=parallel_state.is_pipeline_first_stage(),
+        last_stage=parallel_state.is_pipeline_last_stage(),
+    )
+
+
+def stop() -> None:
+    """Leave all groups."""
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()

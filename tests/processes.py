@@ -1,0 +1,62 @@
+"""Run a function on N gloo ranks on this machine and bring back what each returned, or the first failure."""
+
+import multiprocessing
+import os
+import queue
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _worker(function: Callable[..., Any], arguments: tuple[Any, ...], rank: int, size: int, port: int, results: Any) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1"
+    )
+    try:
+        import torch
+
+        torch.set_num_threads(1)
+        results.put((rank, True, function(*arguments)))
+    except BaseException:
+        results.put((rank, False, traceback.format_exc()))
+        raise SystemExit(1) from None
+
+
+def run_on_ranks(function: Callable[..., Any], size: int, *arguments: Any, timeout: float = 240.0) -> list[Any]:
+    """Call `function(*arguments)` in `size` fresh processes joined by torchrun's environment variables.
+
+    `function` and its arguments and results must be picklable. All processes are gone when this returns.
+    """
+    context = multiprocessing.get_context("spawn")
+    results: Any = context.Queue()
+    port = free_port()
+    workers = [context.Process(target=_worker, args=(function, arguments, rank, size, port, results)) for rank in range(size)]
+    for worker in workers:
+        worker.start()
+    answers: dict[int, Any] = {}
+    deadline = time.monotonic() + timeout
+    try:
+        while len(answers) < size:
+            try:
+                rank, succeeded, answer = results.get(timeout=1.0)
+            except queue.Empty:
+                silent = [worker.pid for rank, worker in enumerate(workers) if rank not in answers and worker.exitcode not in (None, 0)]
+                assert not silent, f"ranks died without an answer: {silent}"
+                assert time.monotonic() < deadline, f"only ranks {sorted(answers)} of {size} answered within {timeout} s"
+                continue
+            assert succeeded, f"rank {rank} failed:\n{answer}"
+            answers[rank] = answer
+    finally:
+        for worker in workers:
+            if len(answers) < size:
+                worker.kill()
+            worker.join(10)
+    return [answers[rank] for rank in range(size)]

@@ -1,0 +1,1 @@
+"""Checkpoints on disk: families, placements, plans, the streaming writer, verify, count."""
