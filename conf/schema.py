@@ -186,7 +186,7 @@ class UpcycleCommand:
     placement: str = key("halves_bits", "which parent each slot copies", PLACEMENTS)
     seed: int = key(0, "seed of the recipe's random parts", within="[0, 4294967295]")
     max_shard_size: str = key("5GB", "largest output file")
-    workers: int = key(0, "copying processes; 0 takes one a core", within="[0, inf)")
+    workers: int = key(0, "copying threads; 0 takes one a core", within="[0, inf)")
     dry_run: bool = key(False, "check everything and print the plan without writing")
     plan_out: str | None = key(None, "write the plan to this JSON file")
     plain: bool = key(False, "plain lines even on a terminal")

@@ -69,6 +69,11 @@ class PackedAttention(torch.nn.Module):
             return x.unflatten(0, (-1, length)).transpose(1, 2)
 
         output = torch.nn.functional.scaled_dot_product_attention(
-            batched(query), batched(key), batched(value), is_causal=True, scale=self.scale, enable_gqa=query.shape[1] != key.shape[1]
+            batched(query),
+            batched(key),
+            batched(value),
+            is_causal=True,
+            scale=self.scale,
+            enable_gqa=query.shape[1] != key.shape[1],
         )
         return output.transpose(1, 2).flatten(0, 1)

@@ -126,7 +126,12 @@ def name_types_as_cuda(parameters: Iterator[torch.nn.Parameter]) -> None:
     """
     if torch.cuda.is_available():
         return
-    names = {torch.float16: "HalfTensor", torch.bfloat16: "BFloat16Tensor", torch.float32: "FloatTensor", torch.float64: "FloatTensor"}
+    names = {
+        torch.float16: "HalfTensor",
+        torch.bfloat16: "BFloat16Tensor",
+        torch.float32: "FloatTensor",
+        torch.float64: "FloatTensor",
+    }
     for parameter in parameters:
         parameter.type = functools.partial(str, f"torch.cuda.{names[parameter.dtype]}")  # type: ignore[method-assign]
 

@@ -19,12 +19,16 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 class GroupedAllGatherDispatcher(MoETokenDispatcher):
     """Takes the compact routing of `GroupedRouter`: weights [T, K] and chosen experts [T, K], columns in order of the groups."""
 
-    def __init__(self, num_local_experts: int, local_expert_indices: list[int], config: TransformerConfig, pg_collection: Any) -> None:
+    def __init__(
+        self, num_local_experts: int, local_expert_indices: list[int], config: TransformerConfig, pg_collection: Any
+    ) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
         self.num_local_experts = num_local_experts
         self.first_local_expert = local_expert_indices[0]
 
-    def dispatch_preprocess(self, tokens: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def dispatch_preprocess(
+        self, tokens: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keep the choice and flatten [T, 1, H] to [T, H]."""
         self.hidden_shape = tokens.shape
         self.chosen_TK = routing_map
@@ -45,7 +49,9 @@ class GroupedAllGatherDispatcher(MoETokenDispatcher):
         by_rank = per_token_TK.unflatten(1, (self.ep_size, columns)).transpose(0, 1).contiguous()
         return all_to_all(self.ep_group, by_rank.flatten(0, 1))
 
-    def dispatch_postprocess(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def dispatch_postprocess(
+        self, hidden_states: torch.Tensor, probs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Rows [R, H] sorted by local expert, rows per expert [E], weights [R]."""
         local_R = (self.chosen_UC - self.first_local_expert).flatten()
         order_R = torch.argsort(local_R, stable=True)
@@ -61,7 +67,9 @@ class GroupedAllGatherDispatcher(MoETokenDispatcher):
 
     def token_combine(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Add up over the ranks and keep this rank's tokens: [U, H] -> [T, H]."""
-        return hidden_states if self.ep_size == 1 else reduce_scatter_to_sequence_parallel_region(hidden_states, group=self.ep_group)
+        return (
+            hidden_states if self.ep_size == 1 else reduce_scatter_to_sequence_parallel_region(hidden_states, group=self.ep_group)
+        )
 
     def combine_postprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Back to [T, 1, H]."""

@@ -154,7 +154,9 @@ class Engine:
         dist.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())
         return float(sums[0]), int(sums[1])
 
-    def _loss(self, batch: PackedBatch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    def _loss(
+        self, batch: PackedBatch, logits: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """Sum over the unmasked tokens, their number, and both again to be reported."""
         group = parallel_state.get_tensor_model_parallel_group()
         losses_T = split_cross_entropy(logits.flatten(0, 1), batch.labels, group)

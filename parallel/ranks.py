@@ -3,6 +3,7 @@
 import datetime
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ class Ranks:
     world_size: int
     data_rank: int
     data_size: int
+    tensor_rank: int
     first_stage: bool
     last_stage: bool
 
@@ -76,6 +78,7 @@ def start(layout: Layout, timeout_seconds: float = 600.0) -> Ranks:
         world_size=world_size,
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         first_stage=parallel_state.is_pipeline_first_stage(),
         last_stage=parallel_state.is_pipeline_last_stage(),
     )
@@ -86,3 +89,29 @@ def stop() -> None:
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's value, in order of the ranks, on every rank."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast(value: Any) -> Any:
+    """Rank 0's value on every rank."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0, device=cpu.device())
+    return values[0]
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    dist.barrier()
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on any rank."""
+    votes = torch.tensor([float(flag)], device=cpu.device())
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    return bool(votes.item())

@@ -18,7 +18,12 @@ def free_port() -> int:
 
 def _worker(function: Callable[..., Any], arguments: tuple[Any, ...], rank: int, size: int, port: int, results: Any) -> None:
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1"
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
     )
     try:
         import torch
@@ -48,7 +53,9 @@ def run_on_ranks(function: Callable[..., Any], size: int, *arguments: Any, timeo
             try:
                 rank, succeeded, answer = results.get(timeout=1.0)
             except queue.Empty:
-                silent = [worker.pid for rank, worker in enumerate(workers) if rank not in answers and worker.exitcode not in (None, 0)]
+                silent = [
+                    worker.pid for rank, worker in enumerate(workers) if rank not in answers and worker.exitcode not in (None, 0)
+                ]
                 assert not silent, f"ranks died without an answer: {silent}"
                 assert time.monotonic() < deadline, f"only ranks {sorted(answers)} of {size} answered within {timeout} s"
                 continue

@@ -84,7 +84,9 @@ def device_batches(built: Any, step: int, global_batch: int = 4, distinct: int =
     return batches
 
 
-def curve(folder: Path, layout: dict[str, Any], rules: dict[str, Any], steps: int, precision: str = "fp32", lr: float = 1e-3) -> Any:
+def curve(
+    folder: Path, layout: dict[str, Any], rules: dict[str, Any], steps: int, precision: str = "fp32", lr: float = 1e-3
+) -> Any:
     """Loss, gradient norm and balance loss of each step."""
     from moexpand.parallel import ranks
     from moexpand.parallel.optimizer import AdamSettings

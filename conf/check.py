@@ -1,0 +1,178 @@
+"""Combinations of settings that cannot work, refused before any process starts; one sentence each, with the numbers and the fix.
+
+What a single key may hold is in schema.py. Here are the rules between keys, and between keys and the model's own numbers,
+which come as arguments. Nothing here imports torch.
+
+Legend: TP tensor, CP context, PP pipeline, EP expert, ETP expert-tensor parallel size; DP data-parallel size.
+"""
+
+from typing import Protocol
+
+from moexpand.base.errors import InputError
+from moexpand.conf.schema import Optim, Parallel, TrainCommand
+
+
+class Numbers(Protocol):
+    """The numbers of a model that layouts depend on, under the names of its Hugging Face config.
+
+    `schema.Model` has them, and so has the shape that training reads from a checkpoint. `num_experts` is 0 without experts.
+    """
+
+    @property
+    def num_experts(self) -> int: ...
+    @property
+    def num_experts_per_tok(self) -> int: ...
+    @property
+    def router_n_groups(self) -> int: ...
+    @property
+    def num_hidden_layers(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def num_key_value_heads(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+
+
+def check_train(config: TrainCommand, model: Numbers, world_size: int) -> None:
+    """Check everything that a training run needs to agree on.
+
+    Args:
+        config: the composed configuration.
+        model: the checkpoint that training starts from, or the fresh model.
+        world_size: ranks in all.
+
+    Raises:
+        InputError: the first combination that cannot work.
+    """
+    check_experts(model)
+    check_layout(config.parallel, model, world_size)
+    _check_batch(config, world_size)
+    _check_schedule(config.optim, config.train.steps)
+    if config.evaluate.every and not config.data.held_out:
+        raise InputError(
+            f"evaluate.every={config.evaluate.every} needs held-out samples and data.held_out is 0; give data.held_out=0.05."
+        )
+
+
+def check_experts(model: Numbers) -> None:
+    """Check that experts and top-k can be split over the groups."""
+    experts, top_k, groups = model.num_experts, model.num_experts_per_tok, model.router_n_groups
+    if not experts:
+        return
+    _multiple("num_experts", experts, "router_n_groups", groups, "every group holds as many experts")
+    _multiple("num_experts_per_tok", top_k, "router_n_groups", groups, "a token visits as many experts of every group")
+    if top_k > experts:
+        raise InputError(f"num_experts_per_tok={top_k} is larger than num_experts={experts}; choose at most {experts}.")
+
+
+def check_layout(parallel: Parallel, model: Numbers, world_size: int) -> None:
+    """Check a layout against the model and the number of ranks.
+
+    Raises:
+        InputError: the ranks or the model cannot be split like that, or the layout is not proven to compute the same.
+    """
+    _refuse_unproven(parallel)
+    tensor, context, pipeline, expert = parallel.tensor, parallel.context, parallel.pipeline, parallel.expert
+    _ranks(world_size, ("tensor", tensor), ("context", context), ("pipeline", pipeline))
+    _ranks(world_size, ("expert_tensor", parallel.expert_tensor), ("expert", expert), ("pipeline", pipeline))
+    _multiple("num_hidden_layers", model.num_hidden_layers, "parallel.pipeline", pipeline, "every stage holds as many layers")
+    _multiple(
+        "num_attention_heads",
+        model.num_attention_heads,
+        "num_key_value_heads",
+        model.num_key_value_heads,
+        "every key head serves as many query heads",
+    )
+    _multiple("num_attention_heads", model.num_attention_heads, "parallel.tensor", tensor, "every rank holds as many heads")
+    _multiple(
+        "num_key_value_heads",
+        model.num_key_value_heads,
+        "parallel.tensor",
+        tensor,
+        "every rank holds as many key and value heads",
+    )
+    _multiple("vocab_size", model.vocab_size, "parallel.tensor", tensor, "every rank holds as many rows of the embedding")
+    if model.num_experts:
+        _multiple("num_experts", model.num_experts, "parallel.expert", expert, "every rank holds as many experts")
+        _check_dispatcher(parallel, model)
+    elif expert > 1:
+        raise InputError(f"parallel.expert={expert} splits experts and the model has none; give parallel.expert=1.")
+
+
+def _refuse_unproven(parallel: Parallel) -> None:
+    if parallel.context > 1:
+        raise InputError(
+            f"parallel.context={parallel.context} is refused: context parallelism is not proven yet; give parallel.context=1."
+        )
+    if parallel.expert_tensor > 1:
+        raise InputError(
+            f"parallel.expert_tensor={parallel.expert_tensor} is refused: tensor parallelism inside experts is not proven yet; "
+            "give parallel.expert_tensor=1 and spread the experts with parallel.expert."
+        )
+
+
+def _check_dispatcher(parallel: Parallel, model: Numbers) -> None:
+    if parallel.dispatcher != "grouped_allgather":
+        return
+    if model.router_n_groups == 1:
+        raise InputError(
+            "parallel.dispatcher=grouped_allgather sends a token by its groups and the model has router_n_groups=1; "
+            "give parallel.dispatcher=alltoall."
+        )
+    if model.router_n_groups % parallel.expert:
+        raise InputError(
+            f"parallel.dispatcher=grouped_allgather needs whole groups on every rank and parallel.expert={parallel.expert} does "
+            f"not divide router_n_groups={model.router_n_groups}; choose one of {_divisors(model.router_n_groups)} "
+            "or parallel.dispatcher=alltoall."
+        )
+
+
+def _check_batch(config: TrainCommand, world_size: int) -> None:
+    train, parallel = config.train, config.parallel
+    replicas = world_size // (parallel.tensor * parallel.context * parallel.pipeline)
+    wave = train.micro_batch * replicas
+    if train.global_batch % wave:
+        lower, upper = train.global_batch // wave * wave, (train.global_batch // wave + 1) * wave
+        near = f"{lower} or {upper}" if lower else f"{upper}"
+        raise InputError(
+            f"train.global_batch={train.global_batch} is not a multiple of train.micro_batch x data-parallel ranks = "
+            f"{train.micro_batch} x {replicas} = {wave}; choose {near}."
+        )
+    _multiple(
+        "train.seq_length", train.seq_length, "parallel.tensor", parallel.tensor, "sequence parallelism splits the tokens evenly"
+    )
+
+
+def _check_schedule(optim: Optim, steps: int) -> None:
+    decay = optim.decay_steps if optim.schedule == "wsd" else 0
+    if optim.warmup_steps + decay > steps:
+        parts = f"optim.warmup_steps={optim.warmup_steps}" + (f" + optim.decay_steps={decay}" if decay else "")
+        total = f"{parts} = {optim.warmup_steps + decay}" if decay else parts
+        raise InputError(f"{total} is more than train.steps={steps}; choose a shorter warm-up or decay, or more steps.")
+    if optim.min_lr > optim.lr:
+        raise InputError(f"optim.min_lr={optim.min_lr} is above optim.lr={optim.lr}; choose a smaller one.")
+
+
+def _multiple(name: str, number: int, of: str, divisor: int, why: str) -> None:
+    if number % divisor:
+        raise InputError(
+            f"{name}={number} is not a multiple of {of}={divisor}, and {why}; choose one of {_divisors(number)} for {of}."
+        )
+
+
+def _ranks(world_size: int, *sizes: tuple[str, int]) -> None:
+    product = 1
+    for _, size in sizes:
+        product *= size
+    if world_size % product:
+        names = " x ".join(f"parallel.{name}" for name, _ in sizes)
+        numbers = " x ".join(str(size) for _, size in sizes)
+        raise InputError(
+            f"{world_size} ranks cannot be split into {names} = {numbers} = {product}; "
+            f"start a multiple of {product} workers (launch.processes on one machine) or choose smaller sizes."
+        )
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(size) for size in range(1, min(number, 128) + 1) if number % size == 0)

@@ -1,0 +1,55 @@
+"""What a folder of shards holds: counts by kind, what was dropped and why, tokens, how well it packs, a few examples."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moexpand.data.dataset import Corpus, read_summary
+from moexpand.data.packing import plan_epoch
+
+FILL_LENGTHS = (1024, 4096, 8192)
+EXAMPLE_CHARACTERS = 160
+
+
+def inspect_shards(folder: Path) -> dict[str, Any]:
+    """Describe a folder of shards from its indexes; texts are read for the examples alone.
+
+    Returns:
+        tokenizer, samples, tokens, kinds (samples and tokens of each), stages (input, kept, dropped by reason), shards,
+        token_lengths (median, 90 %, longest), fill (sequence length -> fraction of packs that is not padding), examples.
+
+    Raises:
+        InputError: the folder, a shard or an index is missing or damaged.
+    """
+    summary = read_summary(folder)
+    corpus = Corpus(Path(folder))
+    kinds = {}
+    examples = []
+    for kind in np.unique(corpus.kind):
+        chosen = np.flatnonzero(corpus.kind == kind)
+        name = kind.decode()
+        kinds[name] = {"samples": len(chosen), "tokens": int(corpus.tokens[chosen].sum())}
+        sample = int(chosen[len(chosen) // 2])
+        text = " ".join((corpus.text(sample) or "").split())
+        examples.append({"kind": name, "key": corpus.key[sample].decode(), "text": text[:EXAMPLE_CHARACTERS]})
+    lengths = corpus.tokens + 1
+    fill = {}
+    for length in FILL_LENGTHS:
+        plan = plan_epoch(lengths, length, seed=0, epoch=0)
+        fill[str(length)] = round(float(plan.length.sum() / (len(plan) * length)), 4)
+    return {
+        "tokenizer": summary["tokenizer"],
+        "samples": len(corpus),
+        "tokens": int(corpus.tokens.sum()),
+        "kinds": kinds,
+        "stages": summary["stages"],
+        "shards": summary["shards"],
+        "token_lengths": {
+            "median": int(np.median(lengths)),
+            "p90": int(np.quantile(lengths, 0.9)),
+            "longest": int(lengths.max()),
+        },
+        "fill": fill,
+        "examples": examples,
+    }

@@ -1,0 +1,127 @@
+"""Real PDFs with figures to try the program on: fetched with the system's package tools, or the samples in the repository.
+
+Vignettes of R packages and the Octave manual are science and engineering documents that any Debian or Ubuntu machine can
+fetch; they are under licences (mostly the GPL) that keep them out of this repository. Nothing is installed, and no rights are
+needed: packages are downloaded into a temporary folder and unpacked there.
+"""
+
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from moexpand.base.files import new_folder
+
+PACKAGES = (
+    "octave-doc",
+    "r-cran-vcd",
+    "r-cran-lme4",
+    "r-cran-spacetime",
+    "r-cran-desolve",
+    "r-cran-vegan",
+    "r-cran-seriation",
+    "r-cran-surveillance",
+    "r-cran-gstat",
+    "r-cran-partykit",
+    "r-cran-flexmix",
+    "r-cran-survival",
+)
+ENOUGH_PACKAGES = 6
+"""With fewer than these the samples of the repository are added."""
+TOTAL_SECONDS = 240.0
+PACKAGE_SECONDS = 60.0
+UPDATE_SECONDS = 90.0
+MIN_BYTES = 30_000
+"""Smaller PDFs in packages are single plots."""
+SAMPLES = Path(__file__).parent / "samples"
+
+
+def fetch_pdfs(folder: Path, say: Callable[[str], None]) -> list[Path]:
+    """Fill a folder with PDFs; one that holds some already is left as it is.
+
+    Args:
+        folder: to create.
+        say: takes one line of progress at a time.
+
+    Returns:
+        The PDFs in the folder, sorted.
+    """
+    folder = Path(folder)
+    there = sorted(folder.glob("*.pdf"))
+    if there:
+        return there
+    with new_folder(folder) as building:
+        fetched = _fetch_packages(building, say)
+        if fetched < ENOUGH_PACKAGES:
+            say(f"{fetched} of {len(PACKAGES)} packages could be fetched; the sample documents of the repository are added")
+            for sample in sorted(SAMPLES.glob("*.pdf")):
+                shutil.copyfile(sample, building / sample.name)
+    return sorted(folder.glob("*.pdf"))
+
+
+def _fetch_packages(folder: Path, say: Callable[[str], None]) -> int:
+    """Download and unpack packages and copy their PDFs; returns how many packages gave some."""
+    if not (shutil.which("apt-get") and shutil.which("dpkg")):
+        say("this system has no apt-get and dpkg")
+        return 0
+    deadline = time.monotonic() + TOTAL_SECONDS
+    options: list[str] = []
+    fetched = 0
+    with tempfile.TemporaryDirectory() as scratch:
+        for i, package in enumerate(PACKAGES):
+            if time.monotonic() > deadline:
+                say("the time for fetching is over")
+                break
+            where = Path(scratch) / package
+            where.mkdir()
+            done = _download(package, where, options)
+            if not done and i == 0:
+                # Fresh containers have no package lists; private ones need no rights on the system's.
+                options = _private_lists(Path(scratch) / "apt")
+                done = _download(package, where, options)
+                if not done and not _knows_any(options):
+                    say("apt-get cannot reach a package archive")
+                    return 0
+            count = _copy_pdfs(where, folder) if done else 0
+            say(f"{package}: {f'{count} PDFs' if done else 'not available'}")
+            fetched += count > 0
+    return fetched
+
+
+def _run(command: list[str], where: Path | None, seconds: float) -> bool:
+    try:
+        return subprocess.run(command, cwd=where, capture_output=True, timeout=seconds, check=False).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
+def _download(package: str, where: Path, options: list[str]) -> bool:
+    if not _run(["apt-get", *options, "download", package], where, PACKAGE_SECONDS):
+        return False
+    archives = list(where.glob("*.deb"))
+    return bool(archives) and _run(["dpkg", "-x", str(archives[0]), str(where / "root")], None, PACKAGE_SECONDS)
+
+
+def _private_lists(folder: Path) -> list[str]:
+    """Options of apt-get that keep its lists in a folder of ours, after filling it."""
+    (folder / "lists" / "partial").mkdir(parents=True)
+    (folder / "cache" / "archives" / "partial").mkdir(parents=True)
+    options = ["-o", f"Dir::State::Lists={folder / 'lists'}", "-o", f"Dir::Cache={folder / 'cache'}"]
+    _run(["apt-get", *options, "update"], None, UPDATE_SECONDS)
+    return options
+
+
+def _knows_any(options: list[str]) -> bool:
+    """Whether the package lists know one of the other packages."""
+    return any(_run(["apt-cache", *options, "show", package], None, 10.0) for package in PACKAGES[1:3])
+
+
+def _copy_pdfs(root: Path, folder: Path) -> int:
+    found = [path for path in sorted(root.rglob("*.pdf")) if "doc" in path.parts and path.stat().st_size >= MIN_BYTES]
+    # The reference card comes in three paper sizes with one text.
+    found = [path for path in found if not path.stem.startswith("refcard")]
+    for path in found:
+        shutil.copyfile(path, folder / path.name)
+    return len(found)

@@ -1,0 +1,212 @@
+"""Starts the workers of a run on this machine through torchrun, passes signals on to them, and brings their result back.
+
+torchrun turns every failure into exit code 1 and pages of text, and dies on SIGUSR1. So its text goes to a log, signals go to
+the workers alone, and the workers leave their result in a file (base/result.py). A worker that has written its result exits
+with 0: a worker that exits otherwise makes torchrun stop its peers. Nothing is ever restarted here.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import TextIO
+
+import psutil
+
+import moexpand
+from moexpand.base.errors import EnvironmentFailure
+from moexpand.base.files import disk_errors
+from moexpand.base.result import FILE_NAME, read_result, remove_result
+
+# What is passed on to the workers for each signal; a closed terminal asks for a stop like any other.
+PASSED_ON = {
+    signal.SIGTERM: signal.SIGTERM,
+    signal.SIGINT: signal.SIGINT,
+    signal.SIGUSR1: signal.SIGUSR1,
+    signal.SIGHUP: signal.SIGTERM,
+}
+POLL_SECONDS = 0.1
+SCAN_SECONDS = 1.0
+
+
+def command_line(module: str, arguments: list[str], processes: int, logs: str = "") -> list[str]:
+    """The torchrun command for workers on this machine.
+
+    Args:
+        module: the workers' module, run with `-m`.
+        arguments: its arguments.
+        processes: how many workers.
+        logs: folder for the standard output of ranks 1 and up; without it they write to the same one as rank 0.
+    """
+    quiet = [f"--log-dir={logs}", f"--redirects={','.join(f'{rank}:1' for rank in range(1, processes))}"]
+    return [
+        *(sys.executable, "-m", "torch.distributed.run"),
+        *("--nnodes=1", f"--nproc-per-node={processes}", "--max-restarts=0"),
+        # Port 0 lets the rendezvous take a free one; the address keeps host names that do not resolve out of it.
+        *("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"),
+        *(quiet if logs and processes > 1 else []),
+        *("-m", module, *arguments),
+    ]
+
+
+def run_workers(
+    module: str,
+    arguments: list[str],
+    processes: int,
+    log: Path,
+    result: Path,
+    grace_seconds: float,
+    timeout: float | None = None,
+    echo: bool = True,
+) -> int:
+    """Run workers to their end.
+
+    Args:
+        module: the workers' module.
+        arguments: its arguments.
+        processes: how many workers.
+        log: file for torchrun's text, the workers' standard error, and the output of ranks 1 and up.
+        result: folder into which the workers write their result (`write_result`); an older result there is removed.
+        grace_seconds: how long workers may go on after a signal; then, or after a second signal, they are killed.
+        timeout: seconds after which they are killed in any case; None waits for ever.
+        echo: the output of rank 0 goes to our standard output; otherwise to the log.
+
+    Returns:
+        The code of the workers' result; a code other than 0 comes with its sentence on standard error.
+
+    Raises:
+        EnvironmentFailure: the workers ended without a result; the sentence names the log.
+    """
+    with disk_errors(f"preparing {result}"):
+        result.mkdir(parents=True, exist_ok=True)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        remove_result(result)
+    with tempfile.TemporaryDirectory(prefix="moexpand-") as logs, open(log, "w", encoding="utf-8") as text:
+        torchrun = subprocess.Popen(
+            command_line(module, arguments, processes, logs),
+            stdin=subprocess.DEVNULL,
+            stdout=None if echo else text,
+            stderr=text,
+            env=_environment(processes),
+            start_new_session=True,  # Ctrl-C reaches this process alone
+        )
+        ending = _wait(torchrun, grace_seconds, timeout)
+        _append_outputs(Path(logs), text)
+    outcome = read_result(result)
+    if outcome is None:
+        raise EnvironmentFailure(
+            f"The workers {ending} without leaving a result in {result / FILE_NAME}; what they said is in {log}."
+        )
+    if outcome.code:
+        print(f"moexpand: {outcome.message}", file=sys.stderr, flush=True)
+    return outcome.code
+
+
+def _environment(processes: int) -> dict[str, str]:
+    """Our environment, with the cores shared out and this package importable from any folder."""
+    package = str(Path(moexpand.__file__).resolve().parents[1])
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    threads = max(1, len(os.sched_getaffinity(0)) // processes)
+    return {"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONPATH": os.pathsep.join([*paths, package])}
+
+
+def _wait(torchrun: subprocess.Popen[bytes], grace_seconds: float, timeout: float | None) -> str:
+    """Wait for the end, pass signals on, kill when time is up; returns how it ended, as the middle of a sentence."""
+    start = time.monotonic()
+    kill_at = float("inf") if timeout is None else start + timeout
+    scan_at, told, ending = start, False, "ended"
+    tree: set[psutil.Process] = set()
+    try:
+        with _recorded_signals() as received:
+            while torchrun.poll() is None:
+                now = time.monotonic()
+                if now >= scan_at:
+                    # Processes whose parent has died can no longer be found from torchrun, so they are noted while it lives.
+                    tree |= _descendants(torchrun.pid)
+                    scan_at = now + SCAN_SECONDS
+                if len(received) > 1 or now > kill_at:
+                    ending = f"were killed after {now - start:.0f} s, because {_reason(received)},"
+                    break
+                if received and not ending.startswith("were stopped"):
+                    ending = f"were stopped by {received[0].name}"
+                    kill_at = min(kill_at, now + grace_seconds)
+                if received and not told:
+                    workers = _workers(torchrun.pid)  # none yet while torchrun starts
+                    for worker in workers:
+                        _send(worker, PASSED_ON[received[0]])
+                    told = bool(workers)
+                with suppress(subprocess.TimeoutExpired):
+                    torchrun.wait(POLL_SECONDS)
+    finally:
+        _kill(torchrun, tree)
+    return ending
+
+
+def _reason(received: list[signal.Signals]) -> str:
+    if not received:
+        return "their time was up"
+    return "a second signal came" if len(received) > 1 else f"they did not stop in time after {received[0].name}"
+
+
+@contextmanager
+def _recorded_signals() -> Iterator[list[signal.Signals]]:
+    """Collect the signals that ask for a stop instead of dying from them; the old handlers come back at the end."""
+    received: list[signal.Signals] = []
+
+    def record(number: int, frame: FrameType | None) -> None:
+        received.append(signal.Signals(number))
+
+    old = {number: signal.signal(number, record) for number in PASSED_ON}
+    try:
+        yield received
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _descendants(pid: int) -> set[psutil.Process]:
+    try:
+        return set(psutil.Process(pid).children(recursive=True))
+    except psutil.NoSuchProcess:
+        return set()
+
+
+def _workers(pid: int) -> list[psutil.Process]:
+    """The children of torchrun that it started as ranks; it has helper processes besides."""
+    found = []
+    with suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(pid).children():
+            with suppress(psutil.Error):
+                if "LOCAL_RANK" in child.environ():
+                    found.append(child)
+    return found
+
+
+def _send(process: psutil.Process, number: signal.Signals) -> None:
+    with suppress(psutil.NoSuchProcess):
+        process.send_signal(number)
+
+
+def _kill(torchrun: subprocess.Popen[bytes], tree: set[psutil.Process]) -> None:
+    """Kill what is left of the processes that we started, and wait until they are gone."""
+    tree |= _descendants(torchrun.pid)
+    if torchrun.poll() is None:
+        torchrun.kill()
+    for process in tree:
+        _send(process, signal.SIGKILL)
+    torchrun.wait()
+    psutil.wait_procs(list(tree), timeout=10)
+
+
+def _append_outputs(logs: Path, text: TextIO) -> None:
+    """Copy what ranks 1 and up printed into the log."""
+    for file in sorted(logs.rglob("stdout.log")):
+        printed = file.read_text(encoding="utf-8", errors="replace")
+        if printed:
+            text.write(f"\n---- standard output of rank {file.parent.name}\n{printed}")

@@ -1,0 +1,123 @@
+"""What a child computes before training, in float64 numpy from its parent's tensors alone.
+
+The formulas are those of the expansion: with the parents C_g visible in group g, the group picks e_g = argmax over C_g of the
+parent's logits z, and y = sum_g beta_g f_{e_g} with beta = softmax(z_{e_0}, ..., z_{e_{G-1}}).
+
+Legend: T tokens, H hidden, D head_dim.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+Weights = dict[str, np.ndarray]
+Pick = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+"""From a token's parent logits [E] to the experts picked and their weights."""
+
+
+def weights_of(folder: Path) -> Weights:
+    """All tensors of a folder in float64, read by the safetensors library."""
+    return {
+        name: value.to(torch.float64).numpy()
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, value in load_file(file).items()
+    }
+
+
+def softmax(values: np.ndarray) -> np.ndarray:
+    exponentials = np.exp(values - values.max(-1, keepdims=True))
+    return exponentials / exponentials.sum(-1, keepdims=True)
+
+
+def groups_of(placement: str, experts: int = 128) -> list[list[int]]:
+    """The parents visible in each of 8 groups, from the definitions."""
+    if placement == "halves_tile":
+        return [list(range(experts // 2)), list(range(experts // 2, experts))] * 4
+    return [[e for e in range(experts) if (e >> bit & 1) == side] for bit in range(4) for side in (0, 1)]
+
+
+def grouped_pick(placement: str) -> Pick:
+    """The closed form of a child."""
+    groups = groups_of(placement)
+
+    def pick(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        chosen = np.array([max(group, key=lambda expert: logits[expert]) for group in groups])
+        return chosen, softmax(logits[chosen])
+
+    return pick
+
+
+def top_pick(top_k: int) -> Pick:
+    """The parent's own routing: the softmax over its best `top_k` logits."""
+
+    def pick(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        chosen = np.argsort(-logits, kind="stable")[:top_k]
+        return chosen, softmax(logits[chosen])
+
+    return pick
+
+
+def expert(weights: Weights, prefix: str, x_H: np.ndarray) -> np.ndarray:
+    gate, up, down = (weights[f"{prefix}.{name}_proj.weight"] for name in ("gate", "up", "down"))
+    hidden = gate @ x_H
+    return down @ (hidden / (1 + np.exp(-hidden)) * (up @ x_H))
+
+
+def moe(weights: Weights, layer: int, x_TH: np.ndarray, pick: Pick) -> np.ndarray:
+    """A Mixture-of-Experts layer of the parent with another rule of choice, token by token."""
+    prefix = f"model.layers.{layer}.mlp"
+    out = np.zeros_like(x_TH)
+    for token, x_H in enumerate(x_TH):
+        for chosen, weight in zip(*pick(weights[f"{prefix}.gate.weight"] @ x_H), strict=True):
+            out[token] += weight * expert(weights, f"{prefix}.experts.{chosen}", x_H)
+    return out
+
+
+def _norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * weight
+
+
+def _rotate(x_TD: np.ndarray, theta: float) -> np.ndarray:
+    tokens, width = x_TD.shape
+    angles = np.arange(tokens)[:, None] * theta ** (-np.arange(0, width, 2) / width)
+    cos, sin = np.cos(angles), np.sin(angles)
+    first, second = x_TD[:, : width // 2], x_TD[:, width // 2 :]
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+def _attention(weights: Weights, config: dict, layer: int, x_TH: np.ndarray) -> np.ndarray:
+    prefix, width = f"model.layers.{layer}.self_attn", config["head_dim"]
+    heads, kv_heads, eps = config["num_attention_heads"], config["num_key_value_heads"], config["rms_norm_eps"]
+    q, k, v = (x_TH @ weights[f"{prefix}.{name}_proj.weight"].T for name in "qkv")
+    future = np.triu(np.full((len(x_TH),) * 2, -np.inf), 1)
+    outs = []
+    for head in range(heads):
+        own = slice(head * width, (head + 1) * width)
+        shared = slice(head * kv_heads // heads * width, (head * kv_heads // heads + 1) * width)
+        q_TD = _rotate(_norm(q[:, own], weights[f"{prefix}.q_norm.weight"], eps), config["rope_theta"])
+        k_TD = _rotate(_norm(k[:, shared], weights[f"{prefix}.k_norm.weight"], eps), config["rope_theta"])
+        outs.append(softmax(q_TD @ k_TD.T / np.sqrt(width) + future) @ v[:, shared])
+    return np.concatenate(outs, -1) @ weights[f"{prefix}.o_proj.weight"].T
+
+
+def logits(folder: Path, tokens: np.ndarray, pick: Pick) -> np.ndarray:
+    """Logits [B, S, V] of a hub-form Qwen3-MoE folder whose experts are chosen by `pick`.
+
+    Args:
+        tokens: [B, S].
+    """
+    weights, config = weights_of(folder), json.loads((folder / "config.json").read_text())
+    eps, rows = config["rms_norm_eps"], []
+    for row in tokens:
+        x_TH = weights["model.embed_tokens.weight"][row]
+        for layer in range(config["num_hidden_layers"]):
+            prefix = f"model.layers.{layer}"
+            x_TH = x_TH + _attention(weights, config, layer, _norm(x_TH, weights[f"{prefix}.input_layernorm.weight"], eps))
+            x_TH = x_TH + moe(weights, layer, _norm(x_TH, weights[f"{prefix}.post_attention_layernorm.weight"], eps), pick)
+        head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
+        rows.append(_norm(x_TH, weights["model.norm.weight"], eps) @ head.T)
+    return np.stack(rows)

@@ -1,0 +1,123 @@
+"""Combinations that cannot work are refused with their numbers and a fix; those that can work pass."""
+
+from dataclasses import dataclass, fields
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moexpand.base.errors import InputError
+from moexpand.conf.check import check_experts, check_layout, check_train
+from moexpand.conf.compose import compose
+from moexpand.conf.schema import Model, Parallel, TrainCommand
+
+
+def config(*overrides: str) -> TrainCommand:
+    return compose("train", ["run.dir=r", "data.shards=s", *overrides])  # type: ignore[no-any-return]
+
+
+def refused(world_size: int, *overrides: str) -> str:
+    given_config = config(*overrides)
+    with pytest.raises(InputError) as caught:
+        check_train(given_config, given_config.model, world_size)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert text.endswith(".")
+    return text
+
+
+@pytest.mark.parametrize(
+    ("world_size", "overrides"),
+    [
+        (1, []),
+        (2, ["parallel=ep2"]),
+        (4, ["parallel=ep2"]),
+        (4, ["parallel=ep4", "parallel.dispatcher=grouped_allgather", "model.router_n_groups=8"]),
+        (2, ["parallel=pp2"]),
+        (4, ["parallel=pp2_ep2"]),
+        (2, ["parallel=tp2_ep2"]),
+        (4, ["parallel.tensor=2", "parallel.expert=4"]),
+        (1, ["optim.warmup_steps=50", "optim.decay_steps=50"]),
+        (1, ["optim.schedule=cosine", "optim.decay_steps=100", "optim.warmup_steps=9"]),
+    ],
+)
+def test_layouts_that_work_pass(world_size: int, overrides: list[str]) -> None:
+    given_config = config(*overrides)
+    check_train(given_config, given_config.model, world_size)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "overrides", "expected"),
+    [
+        (1, ["model.router_n_groups=3"], "num_experts=128 is not a multiple of router_n_groups=3"),
+        (1, ["model.router_n_groups=16"], "num_experts_per_tok=8 is not a multiple of router_n_groups=16"),
+        (1, ["model.num_experts=4"], "num_experts_per_tok=8 is larger than num_experts=4"),
+        (3, ["parallel.expert=3"], "num_experts=128 is not a multiple of parallel.expert=3"),
+        (
+            3,
+            ["parallel=ep2"],
+            "3 ranks cannot be split into parallel.expert_tensor x parallel.expert x parallel.pipeline = 1 x 2 x 1 = 2",
+        ),
+        (
+            3,
+            ["parallel=tp2_ep2"],
+            "3 ranks cannot be split into parallel.tensor x parallel.context x parallel.pipeline = 2 x 1 x 1 = 2",
+        ),
+        (2, ["parallel=pp2", "model.num_hidden_layers=3"], "num_hidden_layers=3 is not a multiple of parallel.pipeline=2"),
+        (4, ["parallel.tensor=4", "parallel.expert=4"], "num_key_value_heads=2 is not a multiple of parallel.tensor=4"),
+        (1, ["model.num_key_value_heads=3"], "num_attention_heads=4 is not a multiple of num_key_value_heads=3"),
+        (2, ["parallel=tp2_ep2", "model.vocab_size=8449"], "vocab_size=8449 is not a multiple of parallel.tensor=2"),
+        (2, ["parallel=tp2_ep2", "train.seq_length=255"], "train.seq_length=255 is not a multiple of parallel.tensor=2"),
+        (2, ["parallel.tensor=2"], "Megatron-Core 0.16.1 does not reduce"),
+        (2, ["parallel.context=2"], "context parallelism is not proven yet"),
+        (2, ["parallel.expert_tensor=2"], "tensor parallelism inside experts is not proven yet"),
+        (2, ["parallel=ep2", "parallel.dispatcher=grouped_allgather"], "the model has router_n_groups=1"),
+        (
+            8,
+            ["parallel=ep8", "parallel.dispatcher=grouped_allgather", "model.router_n_groups=4"],
+            "parallel.expert=8 does not divide router_n_groups=4; choose one of 1, 2, 4",
+        ),
+        (4, ["train.global_batch=6"], "train.micro_batch x data-parallel ranks = 1 x 4 = 4; choose 4 or 8."),
+        (1, ["train.global_batch=2", "train.micro_batch=3"], "= 3 x 1 = 3; choose 3."),
+        (1, ["optim.warmup_steps=60", "optim.decay_steps=41"], "= 101 is more than train.steps=100"),
+        (1, ["optim.schedule=cosine", "optim.warmup_steps=101"], "optim.warmup_steps=101 is more than train.steps=100"),
+        (1, ["optim.min_lr=0.1"], "optim.min_lr=0.1 is above optim.lr=0.001"),
+        (1, ["evaluate.every=5", "data.held_out=0"], "evaluate.every=5 needs held-out samples"),
+    ],
+)
+def test_impossible_combination_is_one_sentence_with_its_numbers(world_size: int, overrides: list[str], expected: str) -> None:
+    assert expected in refused(world_size, *overrides)
+
+
+def test_dense_model_has_no_experts_to_split() -> None:
+    dense = Model(num_experts=0)
+    check_layout(Parallel(tensor=2), dense, 2)
+    with pytest.raises(InputError, match="the model has none"):
+        check_layout(Parallel(expert=2), dense, 2)
+
+
+@given(st.integers(1, 64), st.integers(1, 12), st.integers(1, 12))
+def test_groups_pass_exactly_when_both_can_be_split(experts: int, top_k: int, groups: int) -> None:
+    fits = experts % groups == 0 and top_k % groups == 0 and top_k <= experts
+    try:
+        check_experts(Model(num_experts=experts, num_experts_per_tok=top_k, router_n_groups=groups))
+    except InputError:
+        assert not fits
+    else:
+        assert fits
+
+
+def test_any_object_with_hugging_face_names_will_do() -> None:
+    @dataclass(frozen=True)
+    class FromCheckpoint:
+        num_experts: int = 512
+        num_experts_per_tok: int = 8
+        router_n_groups: int = 8
+        num_hidden_layers: int = 4
+        num_attention_heads: int = 4
+        num_key_value_heads: int = 2
+        vocab_size: int = 8448
+
+    names = {field.name for field in fields(FromCheckpoint)}
+    assert names <= {field.name for field in fields(Model)}
+    check_train(config("parallel=ep8", "parallel.dispatcher=grouped_allgather"), FromCheckpoint(), 8)

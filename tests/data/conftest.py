@@ -1,0 +1,33 @@
+"""A small corpus for the tests of the data room."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from moexpand.data.build import BuildOptions, build_dataset
+
+SENTENCE = "the expert router sends each token to eight of many experts and the loss falls while 随机森林 learns α β naïve"
+WORDS = SENTENCE.split()
+
+
+def write_jsonl(path: Path, documents: int, seed: int = 0) -> Path:
+    """Documents of very different lengths, all distinct."""
+    rng = random.Random(seed)
+    with open(path, "w", encoding="utf-8") as file:
+        for number in range(documents):
+            length = rng.choice([45, 60, 90, 150, 400])
+            words = [rng.choice(WORDS) for _ in range(length)]
+            file.write(json.dumps({"text": f"Document {number} of {seed}. " + " ".join(words)}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of 160 jsonl documents, 40 a shard, tokenised with qwen-8192."""
+    folder = tmp_path_factory.mktemp("corpus")
+    source = write_jsonl(folder / "documents.jsonl", 160)
+    options = BuildOptions(tokenizer="qwen-8192", workers=1, shard_samples=40)
+    build_dataset(None, [str(source)], folder / "shards", options, lambda line: None)
+    return folder / "shards"

@@ -1,0 +1,68 @@
+"""Small PDFs written by hand, so that tests know exactly what is on each page; coordinates are PDF's, from the bottom left."""
+
+import zlib
+from functools import lru_cache
+from pathlib import Path
+
+TIMES, HELVETICA, COURIER = "F1", "F2", "F3"
+
+
+def text(x: float, y: float, line: str, font: str = TIMES, size: float = 10, mode: int = 0) -> str:
+    """A line of text as page content; mode 3 paints nothing."""
+    escaped = line.replace("\\", r"\\").replace("(", r"\(").replace(")", r"\)")
+    return f"BT {mode} Tr /{font} {size} Tf {x} {y} Td ({escaped}) Tj ET\n"
+
+
+def paragraph(x: float, y: float, lines: list[str], size: float = 10) -> str:
+    """Lines at a pitch of 12 points."""
+    return "".join(text(x, y - 12 * i, line, size=size) for i, line in enumerate(lines))
+
+
+def plot(x: float, y: float, width: float, height: float) -> str:
+    """A frame, a zigzag and an axis label in another font."""
+    zigzag = " ".join(f"{x + width * i / 20} {y + height * (0.2 + 0.6 * (i % 2))} l" for i in range(21))
+    frame = f"1 w {x} {y} {width} {height} re S {x} {y} m {zigzag} S\n"
+    return frame + text(x + width / 2, y + 4, "axis", HELVETICA, 7)
+
+
+def rule(x: float, y: float, width: float) -> str:
+    """A thin horizontal line."""
+    return f"0.5 w {x} {y} m {x + width} {y} l S\n"
+
+
+@lru_cache(maxsize=1)
+def _pack(content: str) -> bytes:
+    return zlib.compress(content.encode("latin-1"))
+
+
+def write_pdf(path: Path, pages: list[str], media: tuple[float, float] = (595, 842), encrypt: bool = False) -> Path:
+    """Write pages of content as a PDF with three standard fonts."""
+    objects: list[bytes] = []
+    kids = " ".join(f"{6 + 2 * i} 0 R" for i in range(len(pages)))
+    objects.append(b"<< /Type /Catalog /Pages 2 0 R >>")
+    objects.append(f"<< /Type /Pages /Kids [{kids}] /Count {len(pages)} >>".encode())
+    for name in ("Times-Roman", "Helvetica", "Courier"):
+        objects.append(f"<< /Type /Font /Subtype /Type1 /BaseFont /{name} >>".encode())
+    for i, content in enumerate(pages):
+        packed = _pack(content)
+        objects.append(
+            f"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 {media[0]} {media[1]}] /Contents {7 + 2 * i} 0 R"
+            " /Resources << /Font << /F1 3 0 R /F2 4 0 R /F3 5 0 R >> >> >>".encode()
+        )
+        head = f"<< /Length {len(packed)} /Filter /FlateDecode >>".encode()
+        objects.append(head + b"\nstream\n" + packed + b"\nendstream")
+    if encrypt:
+        secret = "<" + "41" * 32 + ">"
+        objects.append(f"<< /Filter /Standard /V 1 /R 2 /O {secret} /U {secret} /P -4 >>".encode())
+    out = bytearray(b"%PDF-1.5\n")
+    offsets = []
+    for number, body in enumerate(objects, start=1):
+        offsets.append(len(out))
+        out += f"{number} 0 obj\n".encode() + body + b"\nendobj\n"
+    table = len(out)
+    out += f"xref\n0 {len(objects) + 1}\n0000000000 65535 f \n".encode()
+    out += b"".join(f"{offset:010d} 00000 n \n".encode() for offset in offsets)
+    extra = f" /Encrypt {len(objects)} 0 R /ID [<00> <00>]" if encrypt else ""
+    out += f"trailer << /Size {len(objects) + 1} /Root 1 0 R{extra} >>\nstartxref\n{table}\n%%EOF\n".encode()
+    path.write_bytes(out)
+    return path

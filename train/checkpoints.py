@@ -1,0 +1,146 @@
+"""The run folder's checkpoints: written under a temporary name, listed with checksums, published by one rename.
+
+checkpoints/step_0000100/   Megatron-Core's shards, trainer.json (step, tokens, ...), manifest.json (SHA-256 of each file)
+checkpoints/latest          the name of the newest one; moves last
+"""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moexpand.base.errors import EnvironmentFailure, InputError
+from moexpand.base.files import PARTIAL, disk_errors, fsync_folder, read_json, sha256, write_atomic, write_json
+from moexpand.parallel import checkpoint, ranks
+from moexpand.parallel.engine import Engine
+
+FOLDER = "checkpoints"
+NAME = "step_{:07d}"
+LATEST = "latest"
+TRAINER = "trainer.json"
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        step: optimiser steps done.
+        tokens: unmasked tokens trained on.
+        fixed: settings that must be the same when the run goes on, by key.
+        wandb_id: identity of the run in W&B.
+    """
+
+    step: int
+    tokens: int
+    fixed: dict[str, Any]
+    wandb_id: str
+
+
+def save(engine: Engine, run: Path, progress: Progress, keep: int) -> Path:
+    """Write a checkpoint, publish it, point `latest` at it and remove the oldest beyond `keep`. All ranks call this together."""
+    final = run / FOLDER / NAME.format(progress.step)
+    building = final.with_name(f".{final.name}{PARTIAL}")
+    with disk_errors(f"writing {final}"):
+        if engine.ranks.main:
+            building.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(building, ignore_errors=True)
+            building.mkdir()
+        ranks.barrier()
+        checkpoint.save(engine, building, {"step": progress.step})
+        ranks.barrier()
+        if engine.ranks.main:
+            _publish(building, final, progress)
+            for old in list_steps(run)[:-keep] if keep else []:
+                shutil.rmtree(run / FOLDER / NAME.format(old))
+        ranks.barrier()
+    return final
+
+
+def _publish(building: Path, final: Path, progress: Progress) -> None:
+    write_json(building / TRAINER, vars(progress))
+    files = sorted(path for path in building.iterdir() if path.is_file())
+    for path in files:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    write_json(building / MANIFEST, {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files})
+    fsync_folder(building)
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(building, final)
+    fsync_folder(final.parent)
+    write_atomic(final.parent / LATEST, final.name + "\n")
+
+
+def list_steps(run: Path) -> list[int]:
+    """Steps of the published checkpoints, ascending."""
+    prefix = NAME.split("{")[0]
+    return sorted(int(path.name.removeprefix(prefix)) for path in (run / FOLDER).glob(f"{prefix}*") if path.is_dir())
+
+
+def find(run: Path, step: int | None = None) -> Path:
+    """The folder of a step, or of the newest one; an `InputError` says which steps there are."""
+    steps = list_steps(run)
+    if not steps:
+        raise InputError(f"{run} holds no checkpoint.")
+    if step is not None and step not in steps:
+        raise InputError(f"{run} holds no checkpoint of step {step}; there are {', '.join(map(str, steps))}.")
+    return run / FOLDER / NAME.format(steps[-1] if step is None else step)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files, in one clause that names the file; None when nothing is."""
+    try:
+        manifest = read_json(folder / MANIFEST)
+    except InputError as error:
+        return str(error)
+    for name, facts in manifest.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{path} is missing."
+        if path.stat().st_size != facts["bytes"]:
+            return f"{path} has {path.stat().st_size:,} bytes instead of {facts['bytes']:,}."
+        if sha256(path) != facts["sha256"]:
+            return f"{path} does not have the checksum that {MANIFEST} gives."
+    return None
+
+
+def choose(run: Path, resume: str) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, and what to tell the user about damaged ones.
+
+    Raises:
+        InputError: `resume` is `never` and there are checkpoints.
+        EnvironmentFailure: `resume` is `exact` and the newest one is damaged, or none is whole.
+    """
+    steps = list_steps(run)
+    if not steps:
+        return None, []
+    if resume == "never":
+        raise InputError(
+            f"{run} holds a checkpoint of step {steps[-1]} and run.resume=never; choose another run.dir or remove it."
+        )
+    warnings = []
+    for step in reversed(steps):
+        folder = run / FOLDER / NAME.format(step)
+        wrong = damage(folder)
+        if wrong is None:
+            return folder, warnings
+        if resume == "exact":
+            raise EnvironmentFailure(f"The newest checkpoint is damaged and run.resume=exact: {wrong}")
+        warnings.append(f"WARNING: checkpoint {folder.name} is damaged and passed over: {wrong}")
+    raise EnvironmentFailure(f"Every checkpoint in {run / FOLDER} is damaged; the newest: {warnings[0]}")
+
+
+def read_progress(folder: Path) -> Progress:
+    """What `save` noted beside the weights."""
+    return Progress(**read_json(folder / TRAINER))
+
+
+def check_unchanged(saved: Progress, now: dict[str, Any], folder: Path) -> None:
+    """Refuse to go on when a setting that shapes the trajectory has changed; the sentence names each with both values."""
+    changed = [
+        f"{key} was {saved.fixed.get(key)!r} and is {value!r}" for key, value in now.items() if saved.fixed.get(key) != value
+    ]
+    if changed:
+        raise InputError(f"{folder} cannot be gone on from: {'; '.join(changed)}; set them back or choose another run.dir.")

@@ -1,0 +1,73 @@
+"""A run's checkpoint as a Hugging Face folder."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from moexpand.base.errors import InputError
+from moexpand.conf.compose import from_yaml
+from moexpand.conf.schema import ExportCommand, TrainCommand
+from moexpand.train import checkpoints, preflight
+from moexpand.train.preflight import Source
+from moexpand.upcycle.config_json import Config, architecture_config, lmdeploy_config
+
+MISREAD_BY = "transformers, vLLM and SGLang, which run it as plain top-k without a word"
+
+
+def export(command: ExportCommand, say: Callable[[str], None]) -> None:
+    """Write the checkpoint of `command.run` to `command.target`.
+
+    `native` gives a grouped child its own model_type and model code; `lmdeploy` names it qwen3_moe with `router_n_groups`,
+    which LMDeploy honours and others do not.
+
+    Raises:
+        InputError: the target exists, the run has no such checkpoint, or it is damaged.
+    """
+    run, target = Path(command.run), Path(command.target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{target} exists already and is not an empty folder; choose another target or remove it.")
+    config: TrainCommand = from_yaml(run / "config.yaml", "train")
+    folder = checkpoints.find(run, command.step)
+    wrong = checkpoints.damage(folder)
+    if wrong is not None:
+        raise InputError(f"{folder} is damaged and is not exported: {wrong}")
+    source = preflight.source_of(config)
+    if command.format == "lmdeploy" and source.architecture.router_n_groups == 1:
+        raise InputError("format=lmdeploy is for grouped models and this run's router has one group; give format=native.")
+    with tempfile.TemporaryDirectory() as scratch:
+        side_files = Path(scratch) if source.checkpoint is None else source.checkpoint.folder
+        if source.checkpoint is None:
+            preflight.open_data(config).tokenizer.save(side_files)
+        _write(config, source, folder, command, target, side_files)
+    say(f"wrote {folder} to {target}")
+    if command.format == "lmdeploy":
+        say(f"WARNING: {target} is for LMDeploy alone; it is misread by {MISREAD_BY}.")
+
+
+def _write(config: TrainCommand, source: Source, folder: Path, command: ExportCommand, target: Path, side_files: Path) -> None:
+    from moexpand.parallel import checkpoint, ranks
+    from moexpand.parallel.engine import Engine
+    from moexpand.parallel.shape import DTYPES, Layout, RouterRules
+    from moexpand.train import weights
+    from moexpand.train.setup import shape_of
+
+    for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # one process holds the whole model, wherever it was started
+        os.environ.pop(variable, None)
+    dtype = DTYPES[config.precision.name]
+    here = ranks.start(Layout())
+    try:
+        engine = Engine(shape_of(source.architecture), Layout(), RouterRules(), config.precision.name, here)
+        checkpoint.load(engine, folder)
+        described = describe(source, str(dtype).removeprefix("torch."), command.format)
+        weights.write(engine, source.architecture, described, target, side_files, command.max_shard_size, dtype)
+    finally:
+        ranks.stop()
+
+
+def describe(source: Source, dtype: str, format: str) -> Config:
+    """config.json of the exported folder: the source's own where there is one, with the dtype that is written."""
+    config: dict[str, Any] = architecture_config(source.architecture) if source.checkpoint is None else source.checkpoint.config
+    stored = {name: dtype for name in ("dtype", "torch_dtype") if name in config}
+    return {**(lmdeploy_config(config) if format == "lmdeploy" else config), **stored}

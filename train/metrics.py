@@ -1,0 +1,108 @@
+"""What a step leaves behind: a line in metrics.jsonl, a line for the reader, a row in W&B.
+
+`moe/*` is computed from the token copies that were really dispatched (n_e of each layer, over the whole global batch).
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moexpand.parallel.engine import StepReport
+
+FILE = "metrics.jsonl"
+
+
+def load_metrics(dispatched: torch.Tensor, groups: int) -> dict[str, float]:
+    """Load over the experts of [layers, experts] counts, averaged over the layers.
+
+    * `load_cv`: standard deviation over mean; `group_load_cv`: inside groups.
+    * `load_max`: largest over mean.
+    * `load_entropy`: entropy of the load over its largest possible value, 1 when uniform.
+    * `dead_experts`: fraction of experts without a token.
+    """
+    layers, experts = dispatched.shape
+    mean = dispatched.mean(1, keepdim=True).clamp(min=1e-12)
+    grouped = dispatched.view(layers, groups, -1)
+    group_mean = grouped.mean(2, keepdim=True).clamp(min=1e-12)
+    share = dispatched / dispatched.sum(1, keepdim=True).clamp(min=1e-12)
+    entropy = -(share * share.clamp(min=1e-300).log()).sum(1) / math.log(experts)
+    return {
+        "moe/load_cv": float((dispatched.std(1, unbiased=False) / mean[:, 0]).mean()),
+        "moe/group_load_cv": float((grouped.std(2, unbiased=False) / group_mean[..., 0]).mean()),
+        "moe/load_max": float((dispatched.amax(1) / mean[:, 0]).mean()),
+        "moe/load_entropy": float(entropy.mean()),
+        "moe/dead_experts": float((dispatched == 0).double().mean()),
+    }
+
+
+def step_row(
+    report: StepReport, step: int, tokens: int, lr: float, seconds: float, data_seconds: float, groups: int
+) -> dict[str, Any]:
+    """One step's row of metrics.jsonl, numbers in full precision.
+
+    Args:
+        step: optimiser steps done, this one included.
+        tokens: unmasked tokens trained on so far.
+        seconds: wall time of the step, the wait for data included.
+        data_seconds: the wait for data.
+    """
+    return {
+        "step": step,
+        "tokens": tokens,
+        "loss": report.loss,
+        "grad_norm": report.grad_norm,
+        "lr": lr,
+        "tokens_per_second": report.tokens / seconds,
+        "seconds": seconds,
+        "data_seconds": data_seconds,
+        "skipped": int(report.skipped),
+        "moe/balance_loss": float(report.balance.mean()),
+        "moe/z_loss": float(report.z_loss.mean()),
+        **load_metrics(report.dispatched, groups),
+    }
+
+
+def console_line(row: dict[str, Any], steps: int) -> str:
+    """A row for the reader."""
+    skipped = "  SKIPPED" if row["skipped"] else ""
+    counted = f"{row['step']:>{len(str(steps))}}/{steps}"
+    return (
+        f"step {counted}  loss {row['loss']:.4f}  grad {row['grad_norm']:.3f}  lr {row['lr']:.2e}  "
+        f"{row['tokens_per_second']:,.0f} tok/s  data {row['data_seconds']:.2f}s  load max {row['moe/load_max']:.1f}x "
+        f"cv {row['moe/load_cv']:.2f}{skipped}"
+    )
+
+
+class MetricsFile:
+    """Appends rows to metrics.jsonl; going on from step N first removes what an interrupted run wrote beyond it."""
+
+    def __init__(self, run: Path, step: int) -> None:
+        self.path = run / FILE
+        kept = [line for line in self._lines() if json.loads(line)["step"] <= step]
+        temporary = self.path.with_suffix(".partial")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        os.replace(temporary, self.path)
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run, see close()
+
+    def _lines(self) -> list[str]:
+        if not self.path.exists():
+            return []
+        lines = self.path.read_text(encoding="utf-8").split("\n")
+        return [line for line in lines[:-1] if line]  # what follows the last line break was cut off in the middle
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Write one row and hand it to the operating system."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """All rows of a run."""
+    return [json.loads(line) for line in (run / FILE).read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,23 @@
+"""Learning-rate schedules as pure functions of the step."""
+
+import math
+
+from moexpand.conf.schema import Optim
+
+
+def learning_rate(optim: Optim, step: int, steps: int) -> float:
+    """Learning rate of optimiser step `step` (0-based) of `steps`.
+
+    All schedules warm up linearly over `warmup_steps`. Then `constant` stays; `cosine` falls to `min_lr` on half a cosine over
+    the rest; `wsd` stays until `decay_steps` before the end and falls linearly to `min_lr` (arXiv 2404.06395).
+    """
+    if step < optim.warmup_steps:
+        return optim.lr * (step + 1) / optim.warmup_steps
+    span = optim.lr - optim.min_lr
+    if optim.schedule == "cosine":
+        progress = (step - optim.warmup_steps) / max(1, steps - optim.warmup_steps)
+        return optim.min_lr + span * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    if optim.schedule == "wsd" and optim.decay_steps:
+        remaining = min(1.0, (steps - step) / (optim.decay_steps + 1))
+        return optim.min_lr + span * remaining
+    return optim.lr

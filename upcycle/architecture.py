@@ -1,0 +1,50 @@
+"""The shape of a Mixture-of-Experts decoder."""
+
+from dataclasses import dataclass
+
+from moexpand.base.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """What the tensors' shapes and the forward pass follow from."""
+
+    model_type: str = "qwen3_moe"
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    num_experts: int
+    num_experts_per_tok: int
+    router_n_groups: int = 1
+    moe_intermediate_size: int
+    norm_topk_prob: bool = True
+    rope_theta: float = 1e6
+    rope_type: str = "default"
+    """`default` is plain rotary embedding; another name needs a forward pass that knows it."""
+    sliding_window: int | None = None
+    """Width of the attention window, or None for full attention."""
+    max_position_embeddings: int = 4096
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    dtype: str = "float32"
+    """Name of the torch dtype that the weights are meant for."""
+
+
+def check_architecture(arch: Architecture, where: str) -> None:
+    """Refuse sizes that contradict each other, with an `InputError` that says which."""
+    if arch.num_attention_heads % arch.num_key_value_heads:
+        raise InputError(
+            f"{where}: num_attention_heads={arch.num_attention_heads} is not a multiple of "
+            f"num_key_value_heads={arch.num_key_value_heads}."
+        )
+    if arch.num_experts % arch.router_n_groups or arch.num_experts_per_tok % arch.router_n_groups:
+        raise InputError(
+            f"{where}: {arch.num_experts} experts and top-{arch.num_experts_per_tok} are not both multiples of "
+            f"router_n_groups={arch.router_n_groups}."
+        )
+    if arch.num_experts_per_tok > arch.num_experts:
+        raise InputError(f"{where}: top-{arch.num_experts_per_tok} of {arch.num_experts} experts is impossible.")

@@ -1,0 +1,20 @@
+"""Model code that travels inside a grouped child, for engines that do not know groups themselves."""
+
+from pathlib import Path
+
+from moexpand.base.files import sha256, write_atomic
+
+HERE = Path(__file__).parent
+CODE = {"qwen3_moe_grouped": ("configuration_qwen3_moe_grouped.py", "modeling_qwen3_moe_grouped.py")}
+
+
+def code_files(model_type: str) -> tuple[str, ...]:
+    """Names of the files that a checkpoint of this type carries; none for types that transformers knows."""
+    return CODE.get(model_type, ())
+
+
+def write_model_code(folder: Path, model_type: str) -> dict[str, str]:
+    """Put the model code of `model_type` into a checkpoint folder; returns the SHA-256 of each file by name."""
+    for name in code_files(model_type):
+        write_atomic(folder / name, (HERE / name).read_bytes())
+    return {name: sha256(folder / name) for name in code_files(model_type)}
