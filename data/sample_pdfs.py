@@ -7,6 +7,7 @@ needed: packages are downloaded into a temporary folder and unpacked there.
 
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -125,3 +126,7 @@ def _copy_pdfs(root: Path, folder: Path) -> int:
     for path in found:
         shutil.copyfile(path, folder / path.name)
     return len(found)
+
+
+if __name__ == "__main__":
+    fetch_pdfs(Path(sys.argv[1]), print)

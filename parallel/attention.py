@@ -7,6 +7,7 @@ ever computed.
 Legend: T tokens of the packed stream, N query heads, M key/value heads, D head width, S length of a segment.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ class PackedAttention(torch.nn.Module):
         tokens, _, heads, width = query.shape
         bounds = packed_seq_params.cu_seqlens_q.tolist()
         by_length: dict[int, list[int]] = {}
-        for start, stop in zip(bounds, bounds[1:], strict=False):
+        for start, stop in pairwise(bounds):
             if stop > start:
                 by_length.setdefault(stop - start, []).append(start)
         query_TND, key_TMD, value_TMD = query.squeeze(1), key.squeeze(1), value.squeeze(1)
@@ -58,9 +59,10 @@ class PackedAttention(torch.nn.Module):
             first = torch.tensor(starts, device=query.device)
             rows = (first[:, None] + torch.arange(length, device=query.device)).flatten()
             rows_of.append(rows)
-            outputs.append(self._attend(query_TND[rows], key_TMD[rows], value_TMD[rows], length))
+            query_RND, key_RMD, value_RMD = (each.index_select(0, rows) for each in (query_TND, key_TMD, value_TMD))
+            outputs.append(self._attend(query_RND, key_RMD, value_RMD, length))
         back = torch.cat(rows_of).argsort()
-        return torch.cat(outputs)[back].reshape(tokens, 1, heads * width)
+        return torch.cat(outputs).index_select(0, back).reshape(tokens, 1, heads * width)
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, length: int) -> torch.Tensor:
         """Segments of one length, one behind the other: [B*S, heads, D] -> [B*S, N, D]."""

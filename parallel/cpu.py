@@ -100,12 +100,12 @@ def device() -> torch.device:
 
 
 def enable() -> None:
-    """Point every Megatron-Core module imported so far at the CPU; nothing happens where there is a GPU. Call again after imports."""
+    """Point every Megatron-Core module imported so far at the CPU, where there is no GPU; call again after importing more."""
     if torch.cuda.is_available():
         return
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
-            module.torch = _STAND_IN
+            module.torch = _STAND_IN  # type: ignore[attr-defined]
     from megatron.core.optimizer import distrib_optimizer, optimizer
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
@@ -133,7 +133,7 @@ def name_types_as_cuda(parameters: Iterator[torch.nn.Parameter]) -> None:
         torch.float64: "FloatTensor",
     }
     for parameter in parameters:
-        parameter.type = functools.partial(str, f"torch.cuda.{names[parameter.dtype]}")  # type: ignore[method-assign]
+        parameter.type = functools.partial(str, f"torch.cuda.{names[parameter.dtype]}")  # type: ignore[method-assign, assignment]
 
 
 def _gradient_norm(grads_for_norm: Any, norm_type: float = 2.0, grad_stats_parallel_group: Any = None) -> float:

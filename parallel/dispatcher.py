@@ -58,7 +58,7 @@ class GroupedAllGatherDispatcher(MoETokenDispatcher):
         self.token_of_row_R = order_R // self.chosen_UC.shape[1]
         self.gathered_shape = hidden_states.shape
         rows_per_expert = torch.bincount(local_R, minlength=self.num_local_experts)
-        return hidden_states[self.token_of_row_R], rows_per_expert, probs.flatten()[order_R]
+        return hidden_states.index_select(0, self.token_of_row_R), rows_per_expert, probs.flatten().index_select(0, order_R)
 
     def combine_preprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Add up each gathered token's rows: [R, H] -> [U, H]."""

@@ -1,6 +1,7 @@
-"""Builds one pipeline stage's GPTModel of Megatron-Core from our layer spec. The choice of modules is made here and nowhere else."""
+"""Builds one pipeline stage's GPTModel of Megatron-Core from our layer spec; modules are chosen here and nowhere else."""
 
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -31,13 +32,16 @@ from moexpand.parallel.router import GroupedRouter, MicroBatchTotals
 from moexpand.parallel.shape import Layout, ModelShape, RouterRules
 
 
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "moe"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+"""What each value of `parallel.recompute` means to Megatron-Core."""
+
+
 def transformer_config(shape: ModelShape, layout: Layout, dtype: torch.dtype) -> TransformerConfig:
     """Our shape and layout in Megatron-Core's words."""
-    recompute = {
-        "none": {},
-        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "moe"]},
-        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-    }[layout.recompute]
     return TransformerConfig(
         num_layers=shape.num_hidden_layers,
         hidden_size=shape.hidden_size,
@@ -78,7 +82,7 @@ def transformer_config(shape: ModelShape, layout: Layout, dtype: torch.dtype) ->
         sequence_parallel=layout.tensor > 1,
         deterministic_mode=False,
         use_cpu_initialization=True,
-        **recompute,
+        **RECOMPUTE[layout.recompute],
     )
 
 

@@ -7,6 +7,7 @@ tensor-parallel ranks; the experts of a rank lie stacked. `parts` says so piece 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -66,9 +67,7 @@ def parts(model: GPTModel, shape: ModelShape, view: View = values) -> Iterator[P
             yield Part("model.embed_tokens.weight", (vocab, hidden), view(model.output_layer.weight), vocab_rows)
 
 
-def _attention_parts(
-    attention: torch.nn.Module, shape: ModelShape, prefix: str, tp_rank: int, tp_size: int, view: View
-) -> Iterator[Part]:
+def _attention_parts(attention: Any, shape: ModelShape, prefix: str, tp_rank: int, tp_size: int, view: View) -> Iterator[Part]:
     width, hidden, kv_heads = shape.head_dim, shape.hidden_size, shape.num_key_value_heads
     queries_per_group = shape.num_attention_heads // kv_heads
     local_groups = kv_heads // tp_size
@@ -86,7 +85,7 @@ def _attention_parts(
     yield Part(f"{prefix}.k_norm.weight", (width,), view(attention.k_layernorm.weight))
 
 
-def _expert_parts(moe: torch.nn.Module, shape: ModelShape, prefix: str, view: View) -> Iterator[Part]:
+def _expert_parts(moe: Any, shape: ModelShape, prefix: str, view: View) -> Iterator[Part]:
     inner, hidden = shape.moe_intermediate_size, shape.hidden_size
     gate_up, down = view(moe.experts.gate_up), view(moe.experts.down)
     for local, expert in enumerate(moe.local_expert_indices):

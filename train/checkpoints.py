@@ -120,7 +120,7 @@ def choose(run: Path, resume: str) -> tuple[Path | None, list[str]]:
         raise InputError(
             f"{run} holds a checkpoint of step {steps[-1]} and run.resume=never; choose another run.dir or remove it."
         )
-    warnings = []
+    warnings: list[str] = []
     for step in reversed(steps):
         folder = run / FOLDER / NAME.format(step)
         wrong = damage(folder)

@@ -69,5 +69,5 @@ def _write(config: TrainCommand, source: Source, folder: Path, command: ExportCo
 def describe(source: Source, dtype: str, format: str) -> Config:
     """config.json of the exported folder: the source's own where there is one, with the dtype that is written."""
     config: dict[str, Any] = architecture_config(source.architecture) if source.checkpoint is None else source.checkpoint.config
-    stored = {name: dtype for name in ("dtype", "torch_dtype") if name in config}
+    stored: Config = {name: dtype for name in ("dtype", "torch_dtype") if name in config}
     return {**(lmdeploy_config(config) if format == "lmdeploy" else config), **stored}

@@ -16,24 +16,25 @@ from moexpand.base.result import write_result
 from moexpand.conf.check import check_layout
 from moexpand.conf.compose import compose_words
 from moexpand.conf.schema import LogitsCommand
-from moexpand.train.preflight import Source, open_source
+from moexpand.train.preflight import open_supported
+from moexpand.upcycle.checkpoint import Checkpoint
 
 
-def check(config: LogitsCommand, world_size: int) -> tuple[Source, np.ndarray]:
+def check(config: LogitsCommand, world_size: int) -> tuple[Checkpoint, np.ndarray]:
     """Open checkpoint and tokens and check that they fit; nothing here imports torch.
 
     Returns:
         The checkpoint and the tokens, int64 [B, S].
     """
-    source = open_source(config.checkpoint)
-    check_layout(config.parallel, source.architecture, world_size)
-    tokens = _read_tokens(Path(config.tokens), source.architecture.vocab_size)
+    checkpoint = open_supported(config.checkpoint)
+    check_layout(config.parallel, checkpoint.architecture, world_size)
+    tokens = _read_tokens(Path(config.tokens), checkpoint.architecture.vocab_size)
     if tokens.shape[1] % config.parallel.tensor:
         raise InputError(
             f"Sequences of {tokens.shape[1]} tokens cannot be split over parallel.tensor={config.parallel.tensor} ranks; "
             "cut or pad them to a multiple."
         )
-    return source, tokens
+    return checkpoint, tokens
 
 
 def _read_tokens(path: Path, vocab_size: int) -> np.ndarray:
@@ -52,7 +53,7 @@ def _read_tokens(path: Path, vocab_size: int) -> np.ndarray:
 
 def run_worker(config: LogitsCommand) -> None:
     """Compute the logits, one sequence after the other, and write them on the rank that holds them."""
-    source, tokens = check(config, int(os.environ.get("WORLD_SIZE", "1")))
+    checkpoint, tokens = check(config, int(os.environ.get("WORLD_SIZE", "1")))
     import torch
 
     from moexpand.parallel import cpu, ranks
@@ -65,8 +66,8 @@ def run_worker(config: LogitsCommand) -> None:
     layout = layout_of(config.parallel)
     here = ranks.start(layout, config.parallel.timeout_seconds)
     try:
-        engine = Engine(shape_of(source.architecture), layout, RouterRules(), config.precision.name, here)
-        weights.load(engine, source.checkpoint)
+        engine = Engine(shape_of(checkpoint.architecture), layout, RouterRules(), config.precision.name, here)
+        weights.load(engine, checkpoint)
         batches = [PackedBatch.from_sequences(torch.from_numpy(row[None]).to(cpu.device())) for row in tokens]
         outputs = engine.logits(batches)
         if outputs and here.data_rank == 0 and here.tensor_rank == 0:

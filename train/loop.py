@@ -1,7 +1,7 @@
 """The training loop of one worker, to be read from top to bottom."""
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from moexpand.parallel.engine import Engine
 from moexpand.train import checkpoints, setup
 from moexpand.train.checkpoints import Progress
 from moexpand.train.display import Display
-from moexpand.train.evaluation import held_out_loss
-from moexpand.train.metrics import MetricsFile, console_line, step_row
+from moexpand.train.evaluation import HeldOut
+from moexpand.train.metrics import EVALUATIONS, METRICS, Table, console_line, step_row
 from moexpand.train.preflight import Source
 from moexpand.train.schedules import learning_rate
 from moexpand.train.signals import StopRequest
@@ -36,15 +36,32 @@ def train(config: TrainCommand, source: Source, data: PackedData, here: ranks.Ra
     engine = setup.build_engine(config, source, here)
     progress, notes = _resume(config, engine, setup.fixed_settings(config, data.fingerprint), run)
     with disk_errors(f"preparing {run}"):
-        metrics = MetricsFile(run, progress.step) if here.main else None
+        metrics = Table(run / METRICS, progress.step) if here.main else None
+        evaluations = Table(run / EVALUATIONS, progress.step) if here.main else None
         if here.main:
             write_atomic(run / "config.yaml", to_yaml(config))
     display = Display(here.main, config.plain, progress.step, config.train.steps)
     for note in notes:
         display.say(note)
     tracker = Tracker(config.track, run, progress.wandb_id, asdict(config), display.say) if here.main else None
-    steps, tokens, saved = config.train.steps, progress.tokens, progress.step
+    steps, tokens = config.train.steps, progress.tokens
+
+    held_out = HeldOut(data, config.evaluate.batches, config.train.micro_batch, here) if config.evaluate.every else None
+
+    def evaluate(step: int) -> None:
+        if held_out is None or (step % config.evaluate.every and step != steps):
+            return
+        row = {"step": step, "tokens": tokens, **held_out.evaluate(engine)}
+        if evaluations is not None and tracker is not None:
+            evaluations.append(row)
+            tracker.log(row)
+        display.say(f"step {step}/{steps}  held-out loss {row['held_out_loss']:.4f} over {row['held_out_tokens']:,} tokens")
+
+    if progress.step >= steps:
+        display.say(f"nothing left to do: {progress.step} of train.steps={steps} steps are done")
     try:
+        if progress.step == 0:
+            evaluate(0)
         for step in range(progress.step, steps):
             began = time.perf_counter()
             batches = load_batches(data, config, here, step)
@@ -54,25 +71,25 @@ def train(config: TrainCommand, source: Source, data: PackedData, here: ranks.Ra
             tokens += report.tokens
             seconds = time.perf_counter() - began
             row = step_row(report, step + 1, tokens, lr, seconds, waited, source.architecture.router_n_groups)
-            if config.evaluate.every and (step + 1) % config.evaluate.every == 0:
-                row["held_out_loss"] = held_out_loss(engine, data, config.evaluate.batches, config.train.micro_batch, here)[0]
             if metrics is not None and tracker is not None:
-                with disk_errors(f"writing {metrics.path}"):
-                    metrics.append(row)
+                metrics.append(row)
                 tracker.log(row)
             display.say(console_line(row, steps))
             display.advance(step + 1, f"loss {row['loss']:.4f}")
-            stopping = stop.anywhere()
-            if stopping or step + 1 == steps or (config.save.every and (step + 1) % config.save.every == 0):
-                folder = _save(config, engine, run, Progress(step + 1, tokens, progress.fixed, progress.wandb_id))
-                saved = step + 1
-                display.say(f"saved {folder}")
-            if stopping and saved < steps:
-                raise Stopped(f"Stopped by a signal after step {saved} of {steps}; a checkpoint is saved, start again to go on.")
+            last, stopping = step + 1 == steps, stop.anywhere()
+            evaluate(step + 1)
+            if last or stopping or (config.save.every and (step + 1) % config.save.every == 0):
+                progress = replace(progress, step=step + 1, tokens=tokens)
+                display.say(f"saved {checkpoints.save(engine, run, progress, config.save.keep)}")
+            if stopping and not last:
+                raise Stopped(
+                    f"Stopped by a signal after step {step + 1} of {steps}; a checkpoint is saved, start again to go on."
+                )
     finally:
         display.close()
-        if metrics is not None:
-            metrics.close()
+        for table in (metrics, evaluations):
+            if table is not None:
+                table.close()
         if tracker is not None:
             tracker.finish()
 
@@ -102,7 +119,3 @@ def _resume(config: TrainCommand, engine: Engine, fixed: dict[str, Any], run: Pa
     checkpoints.check_unchanged(progress, fixed, folder)
     checkpoints.checkpoint.load(engine, folder)
     return progress, [*notes, f"going on from {folder} (step {progress.step})"]
-
-
-def _save(config: TrainCommand, engine: Engine, run: Path, progress: Progress) -> Path:
-    return checkpoints.save(engine, run, progress, config.save.keep)

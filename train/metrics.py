@@ -1,19 +1,20 @@
-"""What a step leaves behind: a line in metrics.jsonl, a line for the reader, a row in W&B.
+"""What a step leaves behind: a row in metrics.jsonl (evaluations.jsonl for held-out losses), a line for the reader.
 
 `moe/*` is computed from the token copies that were really dispatched (n_e of each layer, over the whole global batch).
 """
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from moexpand.base.files import disk_errors, write_atomic
 from moexpand.parallel.engine import StepReport
 
-FILE = "metrics.jsonl"
+METRICS = "metrics.jsonl"
+EVALUATIONS = "evaluations.jsonl"
 
 
 def load_metrics(dispatched: torch.Tensor, groups: int) -> dict[str, float]:
@@ -77,32 +78,28 @@ def console_line(row: dict[str, Any], steps: int) -> str:
     )
 
 
-class MetricsFile:
-    """Appends rows to metrics.jsonl; going on from step N first removes what an interrupted run wrote beyond it."""
+class Table:
+    """A .jsonl file of rows with a `step`; going on from step N first removes what an interrupted run wrote beyond it."""
 
-    def __init__(self, run: Path, step: int) -> None:
-        self.path = run / FILE
-        kept = [line for line in self._lines() if json.loads(line)["step"] <= step]
-        temporary = self.path.with_suffix(".partial")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        os.replace(temporary, self.path)
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run, see close()
-
-    def _lines(self) -> list[str]:
-        if not self.path.exists():
-            return []
-        lines = self.path.read_text(encoding="utf-8").split("\n")
-        return [line for line in lines[:-1] if line]  # what follows the last line break was cut off in the middle
+    def __init__(self, path: Path, step: int) -> None:
+        self.path = path
+        kept = [row for row in read_rows(path) if row["step"] <= step]
+        with disk_errors(f"writing {path}"):
+            write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run, see close()
 
     def append(self, row: dict[str, Any]) -> None:
         """Write one row and hand it to the operating system."""
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        with disk_errors(f"writing {self.path}"):
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         self._file.close()
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """All rows of a run."""
-    return [json.loads(line) for line in (run / FILE).read_text(encoding="utf-8").splitlines()]
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """All rows of a table; none where there is no file. What follows the last line break was cut off in the middle."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line]

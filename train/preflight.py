@@ -22,13 +22,14 @@ class Source:
 def source_of(config: TrainCommand) -> Source:
     """Read the architecture from the checkpoint's headers, or from `model`; an `InputError` says what is wrong with either."""
     if config.checkpoint is not None:
-        return open_source(config.checkpoint)
+        checkpoint = open_supported(config.checkpoint)
+        return Source(checkpoint.architecture, checkpoint)
     model_type = "qwen3_moe_grouped" if config.model.router_n_groups > 1 else "qwen3_moe"
     sizes = {field.name: getattr(config.model, field.name) for field in fields(config.model)}
     return Source(Architecture(model_type=model_type, **sizes), None)
 
 
-def open_source(folder: str) -> Source:
+def open_supported(folder: str) -> Checkpoint:
     """Open a checkpoint and refuse what the engine does not compute."""
     checkpoint = open_checkpoint(Path(folder))
     architecture = checkpoint.architecture
@@ -38,7 +39,7 @@ def open_source(folder: str) -> Source:
         )
     if architecture.sliding_window is not None:
         raise InputError(f"{folder} has sliding_window={architecture.sliding_window}; the engine computes full attention alone.")
-    return Source(architecture, checkpoint)
+    return checkpoint
 
 
 def open_data(config: TrainCommand) -> PackedData:

@@ -1,9 +1,13 @@
-"""What the layout tests run on every rank: an engine on a parent or child, packed batches that can be learnt, curves, gradients."""
+"""What the layout tests run on every rank: an engine, packed batches that can be learnt, curves, gradients."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 
@@ -12,8 +16,6 @@ class Micro:
     """A micro-batch as the loader gives it: numpy arrays of one packed stream."""
 
     def __init__(self, segments: list[Any], masks: list[Any]) -> None:
-        import numpy as np
-
         self.tokens = np.concatenate(segments)
         self.labels = np.concatenate([np.roll(segment, -1) for segment in segments])
         self.positions = np.concatenate([np.arange(len(segment)) for segment in segments])
@@ -23,8 +25,6 @@ class Micro:
 
 def micro_batch(number: int, tokens: int = 64, vocab: int = 256) -> Micro:
     """Segments of varied lengths of arithmetic sequences (learnable), with masked prompts of varied lengths."""
-    import numpy as np
-
     generator = np.random.default_rng(number)
     lengths: list[int] = []
     while sum(lengths) < tokens:
@@ -52,7 +52,7 @@ def reader(folder: Path) -> Any:
     return read
 
 
-def shape_of(folder: Path) -> Any:
+def shape_of(folder: Path, **changes: Any) -> Any:
     from moexpand.parallel.shape import ModelShape
 
     config = json.loads((folder / "config.json").read_text())
@@ -60,42 +60,123 @@ def shape_of(folder: Path) -> Any:
         "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim num_experts num_experts_per_tok "
         "moe_intermediate_size norm_topk_prob rope_theta rms_norm_eps tie_word_embeddings"
     ).split()
-    return ModelShape(router_n_groups=config.get("router_n_groups", 1), **{name: config[name] for name in names})
+    read = {name: config[name] for name in names} | {"router_n_groups": config.get("router_n_groups", 1)}
+    return ModelShape(**(read | changes))
 
 
-def engine(folder: Path, layout: dict[str, Any], rules: dict[str, Any], precision: str = "fp32") -> Any:
+@contextmanager
+def engine(
+    folder: Path, layout: dict[str, Any], rules: dict[str, Any], precision: str = "fp32", shape: dict[str, Any] | None = None
+) -> Iterator[Any]:
+    """An engine filled from a folder; the process groups are left at the end.
+
+    Without torchrun's environment variables this process is a world of one rank, so it works inside pytest too.
+    """
     from moexpand.parallel import ranks
     from moexpand.parallel.engine import Engine
     from moexpand.parallel.shape import Layout, RouterRules
 
     here = ranks.start(Layout(**layout), timeout_seconds=120)
-    built = Engine(shape_of(folder), Layout(**layout), RouterRules(**rules), precision, here)
-    built.fill(reader(folder))
+    try:
+        built = Engine(shape_of(folder, **(shape or {})), Layout(**layout), RouterRules(**rules), precision, here)
+        built.fill(reader(folder))
+        yield built
+    finally:
+        ranks.stop()
+
+
+def on_device(arrays: list[Any]) -> list[Any]:
+    """Micro-batches as the engine takes them."""
+    from moexpand.parallel.batch import PackedBatch
+
+    return [PackedBatch.from_arrays(each, torch.device("cpu")) for each in arrays]
+
+
+def step_arrays(step: int, global_batch: int = 4, distinct: int = 4) -> list[Micro]:
+    """The micro-batches of a step; they come again every `distinct` steps, so that they can be learnt."""
+    return [micro_batch((step % distinct) * global_batch + index) for index in range(global_batch)]
+
+
+def device_batches(built: Any, step: int) -> list[Any]:
+    """This data rank's micro-batches of a step: the global batch is the same whatever the layout."""
+    return on_device(step_arrays(step)[built.ranks.data_rank :: built.ranks.data_size])
+
+
+def prepare(built: Any, **settings: Any) -> Any:
+    """Wrap and build the optimiser; returns the engine."""
+    from moexpand.parallel.optimizer import AdamSettings
+
+    built.prepare_training(AdamSettings(**settings))
     return built
 
 
-def device_batches(built: Any, step: int, global_batch: int = 4, distinct: int = 4) -> list[Any]:
-    """This data rank's micro-batches of a step: the global batch is the same whatever the layout."""
+@dataclass(frozen=True)
+class Row:
+    """What one step reported, free of tensors."""
+
+    loss: float
+    grad_norm: float
+    tokens: int
+    balance: list[float]
+    z_loss: list[float]
+    dispatched: list[list[float]]
+
+
+def train(built: Any, first: int, last: int, lr: float = 1e-3) -> list[Row]:
+    """Steps first ... last - 1."""
+    rows = []
+    for step in range(first, last):
+        report = built.step(device_batches(built, step), lr)
+        numbers = (report.balance.tolist(), report.z_loss.tolist(), report.dispatched.tolist())
+        rows.append(Row(report.loss, report.grad_norm, report.tokens, *numbers))
+    return rows
+
+
+@dataclass(frozen=True)
+class Job:
+    """One curve: a folder on a layout."""
+
+    folder: Path
+    layout: dict[str, Any]
+    rules: dict[str, Any]
+    precision: str = "fp32"
+    steps: int = 20
+
+
+def curves(jobs: list[Job]) -> list[list[Row]]:
+    """Several curves, one after the other on the same ranks."""
+    found = []
+    for job in jobs:
+        with engine(job.folder, job.layout, job.rules, job.precision) as built:
+            found.append(train(prepare(built), 0, job.steps))
+    return found
+
+
+def logits(jobs: list[tuple[Path, dict[str, Any]]], tokens_BS: np.ndarray, precision: str = "fp32") -> list[Any]:
+    """Logits [B, S, V] of each (folder, layout), None off the last stage. Every data rank takes the rows in another order."""
     from moexpand.parallel.batch import PackedBatch
 
-    numbers = [(step % distinct) * global_batch + index for index in range(global_batch)]
-    mine = numbers[built.ranks.data_rank :: built.ranks.data_size]
-    batches = [PackedBatch.from_arrays(micro_batch(number), torch.device("cpu")) for number in mine]
-    return batches
+    found: list[Any] = []
+    for folder, layout in jobs:
+        with engine(folder, layout, {}, precision) as built:
+            order = np.roll(np.arange(len(tokens_BS)), built.ranks.data_rank)
+            outputs = built.logits([PackedBatch.from_sequences(torch.from_numpy(tokens_BS[[row]])) for row in order])
+            if built.ranks.last_stage:
+                found.append(np.stack([each.numpy() for each in outputs])[np.argsort(order)])
+            else:
+                found.append(None)
+    return found
 
 
-def curve(
-    folder: Path, layout: dict[str, Any], rules: dict[str, Any], steps: int, precision: str = "fp32", lr: float = 1e-3
-) -> Any:
-    """Loss, gradient norm and balance loss of each step."""
-    from moexpand.parallel import ranks
-    from moexpand.parallel.optimizer import AdamSettings
+def gradients(built: Any, arrays: list[Any]) -> tuple[dict[str, np.ndarray], Any]:
+    """Gradient of the mean loss by Hugging Face name and the step's report; the weights stay. For one rank, without clipping."""
+    from moexpand.parallel import weights
 
-    built = engine(folder, layout, rules, precision)
-    built.prepare_training(AdamSettings(lr=lr))
-    rows = []
-    for step in range(steps):
-        report = built.step(device_batches(built, step), lr)
-        rows.append((report.loss, report.grad_norm, report.balance.tolist(), report.tokens))
-    ranks.stop()
-    return rows
+    report = built.step(on_device(arrays), 0.0)
+    found = weights.collect(built.model, built.shape, lambda parameter: parameter.main_grad)
+    return {name: value.clone().numpy() for name, value in found}, report
+
+
+def relative(found: np.ndarray, due: np.ndarray) -> float:
+    """Largest difference over the largest magnitude that is due (1 where all of it is zero)."""
+    return float(np.abs(found - due).max() / (np.abs(due).max() or 1.0))
