@@ -8,8 +8,10 @@ data-parallel ranks here, and their number enters nothing.
 Legend: T tokens of a micro-batch (micro_batch * seq_length).
 """
 
+import hashlib
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +102,11 @@ class PackedData:
         self._first_pack = [0]
         self._tokens: OrderedDict[int, np.ndarray] = OrderedDict()
         self._tokens_held = 0
+
+    @cached_property
+    def corpus_fingerprint(self) -> str:
+        """SHA-256 over keys and token counts of all samples in their order: what the order of batches follows from."""
+        return hashlib.sha256(self.corpus.key_hash.tobytes() + self.corpus.tokens.tobytes()).hexdigest()
 
     @property
     def fill(self) -> float:
@@ -222,35 +229,9 @@ def _segments(plan: Plan, pack: int, samples: np.ndarray) -> list[tuple[int, int
     return list(zip(samples[plan.sample[span]].tolist(), plan.start[span].tolist(), plan.length[span].tolist(), strict=True))
 
 
-@dataclass(frozen=True)
-class Unigram:
-    """How well single-token frequencies predict held-out targets; what a model must beat to have learnt any context."""
-
-    tokens: int
-    """Targets counted (those with mask 1)."""
-    entropy: float
-    """Nats: entropy of the targets' own distribution."""
-    cross_entropy: float
-    """Nats: mean -log p of the targets under the training tokens' frequencies, one added to every count."""
-
-
-def unigram_entropy(data: PackedData, batches: list[MicroBatch], training_steps: int = 64) -> Unigram:
-    """Entropy of the target tokens of `batches`, and their cross-entropy under training frequencies.
-
-    Args:
-        data: where the training frequencies come from.
-        batches: usually `data.held_out(...)`, so that a model's loss on them compares directly.
-        training_steps: steps of training batches that are counted, at most one epoch.
-    """
+def unigram_entropy(batches: list[MicroBatch]) -> float:
+    """Entropy, in nats, of the target tokens' own frequencies: what a model must beat to have learnt any context."""
     targets = np.concatenate([batch.labels[batch.loss_mask > 0] for batch in batches])
-    counts = np.bincount(targets, minlength=data.vocab_size).astype(np.float64)
-    shares = counts / max(len(targets), 1)
-    present = shares > 0
-    entropy = float(-(shares[present] * np.log(shares[present])).sum())
-    seen = np.ones(data.vocab_size)
-    steps = min(training_steps, -(-data.packs_per_epoch // data.global_batch))
-    for step in range(steps):
-        for batch in data.batch(step):
-            seen += np.bincount(batch.labels[batch.loss_mask > 0], minlength=data.vocab_size)
-    cross_entropy = float(-(shares * np.log(seen / seen.sum())).sum())
-    return Unigram(len(targets), entropy, cross_entropy)
+    counts = np.bincount(targets)
+    shares = counts[counts > 0] / max(len(targets), 1)
+    return float(-(shares * np.log(shares)).sum())

@@ -1,8 +1,8 @@
 """Starts the workers of a run on this machine through torchrun, passes signals on to them, and brings their result back.
 
 torchrun turns every failure into exit code 1 and pages of text, and dies on SIGUSR1. So its text goes to a log, signals go to
-the workers alone, and the workers leave their result in a file (base/result.py). A worker that has written its result exits
-with 0: a worker that exits otherwise makes torchrun stop its peers. Nothing is ever restarted here.
+the workers alone, and the workers leave their result in a file (base/result.py). A worker that fails exits with an error,
+which makes torchrun stop its peers; workers that stopped on request all exit with 0. Nothing is ever restarted here.
 """
 
 import os
@@ -87,7 +87,7 @@ def run_workers(
         result.mkdir(parents=True, exist_ok=True)
         log.parent.mkdir(parents=True, exist_ok=True)
         remove_result(result)
-    with tempfile.TemporaryDirectory(prefix="moexpand-") as logs, open(log, "w", encoding="utf-8") as text:
+    with tempfile.TemporaryDirectory(prefix="moexpand-") as logs, open(log, "a", encoding="utf-8") as text:
         torchrun = subprocess.Popen(
             command_line(module, arguments, processes, logs),
             stdin=subprocess.DEVNULL,

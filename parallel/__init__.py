@@ -1,1 +1,7 @@
 """Everything that knows ranks, with every Megatron-Core object behind a small interface."""
+
+import warnings
+
+# Megatron-Core warns of every optional library that is absent and of older torch names that it calls: nothing to mend here.
+warnings.filterwarnings("ignore", module=r"megatron\..*")
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")

@@ -16,7 +16,6 @@ class PackedBatch:
         tokens, labels, positions: int64 [T]; positions restart at every segment.
         loss_mask: float32 [T], 1 where the label counts.
         cu_seqlens: int32 [segments + 1] on the CPU, where each segment begins; the last entry is T.
-        loss_tokens: sum of the mask.
     """
 
     tokens: torch.Tensor
@@ -24,7 +23,6 @@ class PackedBatch:
     positions: torch.Tensor
     loss_mask: torch.Tensor
     cu_seqlens: torch.Tensor
-    loss_tokens: float
 
     @classmethod
     def from_arrays(cls, arrays: Any, device: torch.device) -> "PackedBatch":
@@ -39,7 +37,6 @@ class PackedBatch:
             positions=on_device(arrays.positions),
             loss_mask=on_device(arrays.loss_mask),
             cu_seqlens=torch.from_numpy(np.asarray(arrays.cu_seqlens, dtype=np.int32)),
-            loss_tokens=float(arrays.loss_mask.sum()),
         )
 
     @classmethod
@@ -54,7 +51,6 @@ class PackedBatch:
             positions=torch.arange(length, device=tokens_BS.device).repeat(batch),
             loss_mask=mask.flatten().to(tokens_BS.device),
             cu_seqlens=torch.arange(batch + 1, dtype=torch.int32) * length,
-            loss_tokens=float(batch * (length - 1)),
         )
 
     def packed_seq_params(self) -> PackedSeqParams:

@@ -13,9 +13,12 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy, get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.strategies import torch as _torch_dist  # noqa: F401 - loaded now, so that cpu.enable() reaches it
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch.distributed.checkpoint import CheckpointException
 
+from moexpand.base.errors import EnvironmentFailure
 from moexpand.parallel import cpu
 from moexpand.parallel.engine import Engine
+from moexpand.parallel.optimizer import apply_settings
 
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
@@ -25,6 +28,9 @@ def save(engine: Engine, folder: Path, extra: dict[str, Any]) -> None:
 
     Args:
         extra: plain Python values, equal on all ranks.
+
+    Raises:
+        EnvironmentFailure: a rank could not write its part.
     """
     cpu.enable()
     model_state = engine.model.sharded_state_dict(metadata=_METADATA)
@@ -33,7 +39,11 @@ def save(engine: Engine, folder: Path, extra: dict[str, Any]) -> None:
         "optimizer": engine.optimizer.sharded_state_dict(model_state, metadata=_METADATA),
         "extra": {**extra, "adam_step": _adam_step(engine.optimizer)},
     }
-    dist_checkpointing.save(state, str(folder), get_default_save_sharded_strategy("torch_dist", 1))
+    try:
+        dist_checkpointing.save(state, str(folder), get_default_save_sharded_strategy("torch_dist", 1))
+    except CheckpointException as error:
+        reasons = sorted({str(failure[0]) for failure in error.failures.values()})
+        raise EnvironmentFailure(f"The checkpoint {folder} could not be written: {'; '.join(reasons)}") from error
 
 
 def load(engine: Engine, folder: Path) -> dict[str, Any]:
@@ -56,6 +66,7 @@ def load(engine: Engine, folder: Path) -> dict[str, Any]:
             part._set_main_param_and_optimizer_states = partial(_copy_states, part)
         engine.optimizer.load_state_dict(loaded["optimizer"])
         _set_adam_step(engine.optimizer, extra["adam_step"])
+        apply_settings(engine.optimizer, engine.settings)
     return {name: value for name, value in extra.items() if name != "adam_step"}
 
 
@@ -74,7 +85,7 @@ def _adam_step(optimizer: Any) -> float:
 def _set_adam_step(optimizer: Any, step: float) -> None:
     for part in _parts(optimizer):
         for state in part.optimizer.state.values():
-            state["step"] = torch.tensor(step, dtype=torch.float32)
+            state["step"] = torch.tensor(step, dtype=torch.float32, device=state["exp_avg"].device)
 
 
 def _copy_states(part: DistributedOptimizer, model_parameter: torch.nn.Parameter, loaded: dict[str, torch.Tensor]) -> None:
@@ -96,7 +107,7 @@ def _initialise_states(optimizer: Any) -> None:
             for shard in group["params"]:
                 if not part.optimizer.state[shard]:
                     part.optimizer.state[shard] = {
-                        "step": torch.tensor(0.0),
+                        "step": torch.tensor(0.0, device=shard.device),
                         "exp_avg": torch.zeros_like(shard),
                         "exp_avg_sq": torch.zeros_like(shard),
                     }

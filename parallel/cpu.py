@@ -106,10 +106,13 @@ def enable() -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
             module.torch = _STAND_IN  # type: ignore[attr-defined]
+    from megatron.core.models.common.language_module import language_module
     from megatron.core.optimizer import distrib_optimizer, optimizer
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
+    # Asked only when a tied embedding is copied to the last stage over GPUs; here both are filled by name.
+    language_module.LanguageModule._is_in_embd_group = lambda self: False
     optimizer.clip_grad_by_total_norm_fp32 = _clip_gradients
     optimizer.get_grad_norm_fp32 = _gradient_norm
     moe_utils.te_general_gemm = None

@@ -19,7 +19,7 @@ from moexpand.parallel.cross_entropy import split_cross_entropy
 from moexpand.parallel.model import build_stage
 from moexpand.parallel.optimizer import AdamSettings
 from moexpand.parallel.ranks import Ranks
-from moexpand.parallel.router import GroupedRouter, MicroBatchTotals
+from moexpand.parallel.router import GroupedRouter
 from moexpand.parallel.shape import DTYPES, Layout, ModelShape, RouterRules
 
 
@@ -50,8 +50,7 @@ class Engine:
 
     def __init__(self, shape: ModelShape, layout: Layout, rules: RouterRules, precision: str, ranks: Ranks) -> None:
         self.shape, self.layout, self.ranks = shape, layout, ranks
-        self.totals = MicroBatchTotals()
-        self.model = build_stage(shape, layout, rules, DTYPES[precision], self.totals)
+        self.model = build_stage(shape, layout, rules, DTYPES[precision])
         self.wrapped: Any = None
         self.optimizer: Any = None
 
@@ -65,6 +64,7 @@ class Engine:
 
     def prepare_training(self, settings: AdamSettings) -> None:
         """Wrap the model for data parallelism and build the optimiser; call after `fill`."""
+        self.settings = settings
         self.wrapped = optimizer.wrap(self.model)
         self.optimizer = optimizer.build(self.wrapped, settings)
 
@@ -77,9 +77,9 @@ class Engine:
             router.reset_statistics()
         loss_sum, tokens = self._run(self.wrapped, batches, forward_only=False)
         optimizer.set_learning_rate(self.optimizer, lr)
-        updated, grad_norm, _ = self.optimizer.step()
+        grad_norm, updated = optimizer.update(self.optimizer)
         dispatched, balance, z_loss = self._statistics(tokens)
-        return StepReport(loss_sum / max(tokens, 1), int(tokens), float(grad_norm), not updated, dispatched, balance, z_loss)
+        return StepReport(loss_sum / max(tokens, 1), int(tokens), grad_norm, not updated, dispatched, balance, z_loss)
 
     def evaluate(self, batches: Sequence[PackedBatch]) -> tuple[float, int]:
         """Loss per token and number of tokens of this rank's batches and all other ranks', without gradients."""
@@ -121,15 +121,25 @@ class Engine:
 
     def _forward(self, iterator: Iterator[PackedBatch], model: torch.nn.Module) -> tuple[torch.Tensor, PackedBatch]:
         batch = next(iterator)
-        self.totals.loss_tokens = batch.loss_tokens
         self.model.rotary_pos_emb.positions = batch.positions
         output = model(
             input_ids=batch.tokens[None],
             position_ids=batch.positions[None],
             attention_mask=None,
             packed_seq_params=batch.packed_seq_params(),
+            padding_mask=self._padding_mask(batch),
         )
         return output, batch
+
+    def _padding_mask(self, batch: PackedBatch) -> torch.Tensor:
+        """Bool [1, T], True where the loss does not count.
+
+        Megatron-Core splits it over the tensor-parallel ranks on the first stage alone; later ones get their part here.
+        """
+        mask = (batch.loss_mask == 0)[None]
+        if self.layout.tensor > 1 and not self.ranks.first_stage:
+            mask = mask.chunk(self.layout.tensor, dim=1)[self.ranks.tensor_rank]
+        return mask
 
     def _run(self, model: torch.nn.Module, batches: Sequence[PackedBatch], forward_only: bool) -> tuple[float, int]:
         """Megatron-Core's schedule over the micro-batches; returns loss sum and token count of the global batch."""

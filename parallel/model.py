@@ -28,9 +28,8 @@ from moexpand.parallel.dispatcher import GroupedAllGatherDispatcher
 from moexpand.parallel.experts import GroupedExperts
 from moexpand.parallel.norm import RMSNorm
 from moexpand.parallel.rotary import RotaryAngles
-from moexpand.parallel.router import GroupedRouter, MicroBatchTotals
+from moexpand.parallel.router import GroupedRouter
 from moexpand.parallel.shape import Layout, ModelShape, RouterRules
-
 
 RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
@@ -86,8 +85,8 @@ def transformer_config(shape: ModelShape, layout: Layout, dtype: torch.dtype) ->
     )
 
 
-def _layer_spec(shape: ModelShape, rules: RouterRules, totals: MicroBatchTotals) -> ModuleSpec:
-    router = partial(GroupedRouter, groups=shape.router_n_groups, renormalise=shape.norm_topk_prob, rules=rules, totals=totals)
+def _layer_spec(shape: ModelShape, rules: RouterRules) -> ModuleSpec:
+    router = partial(GroupedRouter, groups=shape.router_n_groups, renormalise=shape.norm_topk_prob, rules=rules)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -111,7 +110,7 @@ def _layer_spec(shape: ModelShape, rules: RouterRules, totals: MicroBatchTotals)
     )
 
 
-def build_stage(shape: ModelShape, layout: Layout, rules: RouterRules, dtype: torch.dtype, totals: MicroBatchTotals) -> GPTModel:
+def build_stage(shape: ModelShape, layout: Layout, rules: RouterRules, dtype: torch.dtype) -> GPTModel:
     """This rank's pipeline stage, its weights not yet filled (`weights.fill` does that).
 
     The process groups must exist (`ranks.start`). Embedding and head are split over vocabulary rows.
@@ -119,7 +118,7 @@ def build_stage(shape: ModelShape, layout: Layout, rules: RouterRules, dtype: to
     config = transformer_config(shape, layout, dtype)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     layers = get_num_layers_to_build(config, pp_rank=groups.pp.rank())
-    spec = TransformerBlockSubmodules(layer_specs=[_layer_spec(shape, rules, totals)] * layers, layer_norm=RMSNorm)
+    spec = TransformerBlockSubmodules(layer_specs=[_layer_spec(shape, rules)] * layers, layer_norm=RMSNorm)
     model = GPTModel(
         config=config,
         transformer_layer_spec=spec,

@@ -1,5 +1,6 @@
 """Megatron-Core's distributed optimiser around AdamW, and its data-parallel wrapper."""
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import optimizer as megatron_optimizer
 
 from moexpand.parallel import cpu
 
@@ -59,11 +61,35 @@ def build(wrapped: DistributedDataParallel, settings: AdamSettings) -> Any:
     if dtype == torch.float64:
         for part in optimizer.chained_optimizers:
             part._copy_model_grads_to_main_grads = partial(_copy_gradients, part)
+    apply_settings(optimizer, settings)
+    return optimizer
+
+
+def apply_settings(optimizer: Any, settings: AdamSettings) -> None:
+    """Put AdamW's settings into all parameter groups; loading a checkpoint brings those of the run that saved it."""
     for group in optimizer.param_groups:
         if "foreach" in group:  # torch's AdamW: one fused pass over each parameter instead of a dozen
             group["fused"], group["foreach"] = True, False
         group["weight_decay"] = settings.weight_decay * group["wd_mult"]
-    return optimizer
+        group["betas"], group["eps"] = (settings.beta1, settings.beta2), settings.eps
+
+
+def update(optimizer: Any) -> tuple[float, bool]:
+    """Clip and apply the gradients; where they are not finite the weights, the moments and Adam's step count stay.
+
+    Returns:
+        The gradient norm before clipping, the same on all ranks, and whether the weights were updated.
+    """
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    if not math.isfinite(norm):
+        return norm, False
+    for part in optimizer.chained_optimizers:
+        if part.config.clip_grad > 0 and not part.is_stub_optimizer:
+            # Looked up here, as cpu.enable() puts another one in its place.
+            megatron_optimizer.clip_grad_by_total_norm_fp32(part.get_parameters(), part.config.clip_grad, norm)
+    optimizer.step_with_ready_grads()
+    return norm, True
 
 
 def _copy_gradients(optimizer: Any) -> None:

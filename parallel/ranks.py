@@ -1,6 +1,7 @@
 """Processes and their groups: torch.distributed and Megatron-Core's parallel state, started and stopped in one place."""
 
 import datetime
+import math
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -69,7 +70,7 @@ def start(layout: Layout, timeout_seconds: float = 600.0) -> Ranks:
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
         create_gloo_process_groups=gpu,
-        distributed_timeout_minutes=max(1, int(timeout_seconds / 60)),
+        distributed_timeout_minutes=math.ceil(timeout_seconds / 60),
     )
     # Weights are filled by name and there is no dropout; Megatron-Core still asks its tracker for a random state.
     model_parallel_cuda_manual_seed(0)

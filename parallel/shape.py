@@ -40,10 +40,6 @@ class Layout:
     dispatcher: str = "alltoall"
     recompute: str = "none"
 
-    def data_parallel(self, world_size: int) -> int:
-        """Number of ranks that see different data."""
-        return world_size // (self.tensor * self.context * self.pipeline)
-
 
 @dataclass(frozen=True)
 class RouterRules:

@@ -104,13 +104,14 @@ def _attention(weights: Weights, config: dict, layer: int, x_TH: np.ndarray) -> 
     return np.concatenate(outs, -1) @ weights[f"{prefix}.o_proj.weight"].T
 
 
-def logits(folder: Path, tokens: np.ndarray, pick: Pick) -> np.ndarray:
+def logits(folder: Path, tokens: np.ndarray, pick: Pick, weights: Weights | None = None) -> np.ndarray:
     """Logits [B, S, V] of a hub-form Qwen3-MoE folder whose experts are chosen by `pick`.
 
     Args:
         tokens: [B, S].
+        weights: other weights than the folder's.
     """
-    weights, config = weights_of(folder), json.loads((folder / "config.json").read_text())
+    weights, config = weights or weights_of(folder), json.loads((folder / "config.json").read_text())
     eps, rows = config["rms_norm_eps"], []
     for row in tokens:
         x_TH = weights["model.embed_tokens.weight"][row]

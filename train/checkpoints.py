@@ -5,7 +5,9 @@ checkpoints/latest          the name of the newest one; moves last
 """
 
 import os
+import re
 import shutil
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,13 +32,20 @@ class Progress:
         step: optimiser steps done.
         tokens: unmasked tokens trained on.
         fixed: settings that must be the same when the run goes on, by key.
+        noted: settings that may change but bend the curve, by key.
         wandb_id: identity of the run in W&B.
     """
 
     step: int
     tokens: int
     fixed: dict[str, Any]
+    noted: dict[str, Any]
     wandb_id: str
+
+
+def new_identity() -> str:
+    """An identity for a new run, kept in its checkpoints."""
+    return uuid.uuid4().hex[:12]
 
 
 def save(engine: Engine, run: Path, progress: Progress, keep: int) -> Path:
@@ -75,8 +84,8 @@ def _publish(building: Path, final: Path, progress: Progress) -> None:
 
 def list_steps(run: Path) -> list[int]:
     """Steps of the published checkpoints, ascending."""
-    prefix = NAME.split("{")[0]
-    return sorted(int(path.name.removeprefix(prefix)) for path in (run / FOLDER).glob(f"{prefix}*") if path.is_dir())
+    names = (re.fullmatch(r"step_(\d{7,})", path.name) for path in (run / FOLDER).glob("step_*") if path.is_dir())
+    return sorted(int(match[1]) for match in names if match)
 
 
 def find(run: Path, step: int | None = None) -> Path:
@@ -95,6 +104,8 @@ def damage(folder: Path) -> str | None:
         manifest = read_json(folder / MANIFEST)
     except InputError as error:
         return str(error)
+    if not isinstance(manifest, dict) or TRAINER not in manifest:
+        return f"{folder / MANIFEST} does not list a checkpoint's files."
     for name, facts in manifest.items():
         path = folder / name
         if not path.is_file():
@@ -107,29 +118,43 @@ def damage(folder: Path) -> str | None:
 
 
 def choose(run: Path, resume: str) -> tuple[Path | None, list[str]]:
-    """The checkpoint to go on from, and what to tell the user about damaged ones.
+    """The checkpoint to go on from, and what to tell the user about damaged ones. One rank calls this, before any writes.
+
+    Leftovers of interrupted saves are removed, and damaged checkpoints newer than the chosen one are set aside under another
+    name, so that they neither count as checkpoints nor push whole ones out.
 
     Raises:
         InputError: `resume` is `never` and there are checkpoints.
         EnvironmentFailure: `resume` is `exact` and the newest one is damaged, or none is whole.
     """
     steps = list_steps(run)
-    if not steps:
-        return None, []
-    if resume == "never":
+    if steps and resume == "never":
         raise InputError(
             f"{run} holds a checkpoint of step {steps[-1]} and run.resume=never; choose another run.dir or remove it."
         )
-    warnings: list[str] = []
+    with disk_errors(f"tidying {run / FOLDER}"):
+        for leftover in (run / FOLDER).glob(f".step_*{PARTIAL}"):
+            shutil.rmtree(leftover)
+    damaged: dict[Path, str] = {}
     for step in reversed(steps):
         folder = run / FOLDER / NAME.format(step)
         wrong = damage(folder)
         if wrong is None:
-            return folder, warnings
+            return folder, [_set_aside(path, reason) for path, reason in damaged.items()]
         if resume == "exact":
             raise EnvironmentFailure(f"The newest checkpoint is damaged and run.resume=exact: {wrong}")
-        warnings.append(f"WARNING: checkpoint {folder.name} is damaged and passed over: {wrong}")
-    raise EnvironmentFailure(f"Every checkpoint in {run / FOLDER} is damaged; the newest: {warnings[0]}")
+        damaged[folder] = wrong
+    if damaged:
+        raise EnvironmentFailure(f"Every checkpoint in {run / FOLDER} is damaged; the newest: {next(iter(damaged.values()))}")
+    return None, []
+
+
+def _set_aside(folder: Path, reason: str) -> str:
+    aside = folder.with_name(f"damaged_{folder.name}")
+    with disk_errors(f"renaming {folder}"):
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(folder, aside)
+    return f"WARNING: checkpoint {folder.name} is damaged, passed over and renamed to {aside.name}: {reason}"
 
 
 def read_progress(folder: Path) -> Progress:
@@ -137,10 +162,17 @@ def read_progress(folder: Path) -> Progress:
     return Progress(**read_json(folder / TRAINER))
 
 
-def check_unchanged(saved: Progress, now: dict[str, Any], folder: Path) -> None:
-    """Refuse to go on when a setting that shapes the trajectory has changed; the sentence names each with both values."""
-    changed = [
-        f"{key} was {saved.fixed.get(key)!r} and is {value!r}" for key, value in now.items() if saved.fixed.get(key) != value
-    ]
-    if changed:
-        raise InputError(f"{folder} cannot be gone on from: {'; '.join(changed)}; set them back or choose another run.dir.")
+def compare(saved: Progress, fixed: dict[str, Any], noted: dict[str, Any], folder: Path) -> list[str]:
+    """Refuse to go on when a setting that must stay has changed; tell which of the others have.
+
+    Raises:
+        InputError: the sentence names each such setting with both values.
+    """
+    broken = _differences(saved.fixed, fixed)
+    if broken:
+        raise InputError(f"{folder} cannot be gone on from: {'; '.join(broken)}; set them back or choose another run.dir.")
+    return [f"note: {change}" for change in _differences(saved.noted, noted)]
+
+
+def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    return [f"{key} was {saved.get(key)!r} and is {value!r}" for key, value in now.items() if saved.get(key) != value]

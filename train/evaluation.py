@@ -19,7 +19,7 @@ class HeldOut:
 
     def __init__(self, data: PackedData, packs: int, micro_batch: int, here: Ranks) -> None:
         batches = data.held_out(packs, micro_batch)
-        self._unigram_entropy = unigram_entropy(data, batches).entropy
+        self._unigram_entropy = unigram_entropy(batches)
         # Ranks that exchange tokens need equally many micro-batches, so the last ones repeat with nothing counted.
         batches += [_masked(batches[0])] * (-len(batches) % here.data_size)
         self._mine = [PackedBatch.from_arrays(batch, cpu.device()) for batch in batches[here.data_rank :: here.data_size]]

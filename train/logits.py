@@ -3,20 +3,19 @@
 A worker: `torchrun ... -m moexpand.train.logits key=value ...`.
 """
 
+import io
 import os
 import sys
-import traceback
 from pathlib import Path
 
 import numpy as np
 
-from moexpand.base.errors import InputError, MoexpandError
-from moexpand.base.files import disk_errors
-from moexpand.base.result import write_result
+from moexpand.base.errors import InputError
+from moexpand.base.files import write_atomic
 from moexpand.conf.check import check_layout
-from moexpand.conf.compose import compose_words
 from moexpand.conf.schema import LogitsCommand
 from moexpand.train.preflight import open_supported
+from moexpand.train.worker import work
 from moexpand.upcycle.checkpoint import Checkpoint
 
 
@@ -65,18 +64,16 @@ def run_worker(config: LogitsCommand) -> None:
 
     layout = layout_of(config.parallel)
     here = ranks.start(layout, config.parallel.timeout_seconds)
-    try:
-        engine = Engine(shape_of(checkpoint.architecture), layout, RouterRules(), config.precision.name, here)
-        weights.load(engine, checkpoint)
-        batches = [PackedBatch.from_sequences(torch.from_numpy(row[None]).to(cpu.device())) for row in tokens]
-        outputs = engine.logits(batches)
-        if outputs and here.data_rank == 0 and here.tensor_rank == 0:
-            out = Path(config.out)
-            with disk_errors(f"writing {out}"), open(out, "wb") as file:
-                np.save(file, torch.stack(outputs).float().cpu().numpy())
-        ranks.barrier()
-    finally:
-        ranks.stop()
+    engine = Engine(shape_of(checkpoint.architecture), layout, RouterRules(), config.precision.name, here)
+    weights.load(engine, checkpoint)
+    batches = [PackedBatch.from_sequences(torch.from_numpy(row[None]).to(cpu.device())) for row in tokens]
+    outputs = engine.logits(batches)
+    if outputs and here.data_rank == 0 and here.tensor_rank == 0:
+        content = io.BytesIO()
+        np.save(content, torch.stack(outputs).float().cpu().numpy())
+        write_atomic(Path(config.out), content.getbuffer())
+    ranks.barrier()
+    ranks.stop()
 
 
 def result_folder(config: LogitsCommand) -> Path:
@@ -84,24 +81,5 @@ def result_folder(config: LogitsCommand) -> Path:
     return Path(f"{config.out}.run")
 
 
-def main(arguments: list[str]) -> int:
-    """Run one worker; its result goes beside the output file."""
-    folder: Path | None = None
-    try:
-        config = compose_words("logits", arguments)
-        folder = result_folder(config)
-        folder.mkdir(parents=True, exist_ok=True)
-        run_worker(config)
-        code, message = 0, ""
-    except MoexpandError as error:
-        code, message = error.exit_code, str(error)
-    except Exception as error:
-        code, message = 3, f"A worker failed with {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        traceback.print_exc()
-    if folder is not None and (code or os.environ.get("RANK", "0") == "0"):
-        write_result(folder, code, message)
-    return code
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(work("logits", sys.argv[1:], result_folder, run_worker))

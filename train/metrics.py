@@ -12,6 +12,7 @@ import torch
 
 from moexpand.base.files import disk_errors, write_atomic
 from moexpand.parallel.engine import StepReport
+from moexpand.train.checkpoints import Progress
 
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
@@ -41,19 +42,18 @@ def load_metrics(dispatched: torch.Tensor, groups: int) -> dict[str, float]:
 
 
 def step_row(
-    report: StepReport, step: int, tokens: int, lr: float, seconds: float, data_seconds: float, groups: int
+    report: StepReport, progress: Progress, lr: float, seconds: float, data_seconds: float, groups: int
 ) -> dict[str, Any]:
     """One step's row of metrics.jsonl, numbers in full precision.
 
     Args:
-        step: optimiser steps done, this one included.
-        tokens: unmasked tokens trained on so far.
+        progress: steps done and unmasked tokens trained on, this step included.
         seconds: wall time of the step, the wait for data included.
         data_seconds: the wait for data.
     """
     return {
-        "step": step,
-        "tokens": tokens,
+        "step": progress.step,
+        "tokens": progress.tokens,
         "loss": report.loss,
         "grad_norm": report.grad_norm,
         "lr": lr,
@@ -89,9 +89,10 @@ class Table:
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run, see close()
 
     def append(self, row: dict[str, Any]) -> None:
-        """Write one row and hand it to the operating system."""
+        """Write one row and hand it to the operating system; JSON has no NaN, so numbers that are not finite become null."""
         with disk_errors(f"writing {self.path}"):
-            self._file.write(json.dumps(row) + "\n")
+            finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+            self._file.write(json.dumps(finite) + "\n")
             self._file.flush()
 
     def close(self) -> None:

@@ -1,9 +1,10 @@
 """From a configuration to the engine of a run."""
 
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
-from moexpand.conf.schema import Parallel, TrainCommand
+from moexpand.conf.schema import Optim, Parallel, TrainCommand
+from moexpand.data.loader import PackedData
 from moexpand.parallel.engine import Engine
 from moexpand.parallel.optimizer import AdamSettings
 from moexpand.parallel.ranks import Ranks
@@ -24,26 +25,40 @@ def layout_of(parallel: Parallel) -> Layout:
 
 
 def build_engine(config: TrainCommand, source: Source, here: Ranks) -> Engine:
-    """An engine with its weights filled and its optimiser ready."""
+    """An engine whose weights are not filled yet."""
     rules = RouterRules(config.router.gradient, config.router.temperature, config.balance.coefficient, config.balance.z_loss)
-    engine = Engine(shape_of(source.architecture), layout_of(config.parallel), rules, config.precision.name, here)
+    return Engine(shape_of(source.architecture), layout_of(config.parallel), rules, config.precision.name, here)
+
+
+def fill(engine: Engine, source: Source, seed: int) -> None:
+    """The weights that a run starts from."""
     if source.checkpoint is None:
-        engine.fill(weights.fresh(source.architecture, config.seed))
+        engine.fill(weights.fresh(source.architecture, seed))
     else:
         weights.load(engine, source.checkpoint)
-    engine.prepare_training(AdamSettings(**{field.name: getattr(config.optim, field.name) for field in fields(AdamSettings)}))
-    return engine
 
 
-def fixed_settings(config: TrainCommand, fingerprint: str) -> dict[str, Any]:
-    """What shapes the trajectory and must stay when a run goes on; layout, length, tracking and saving may change."""
+def adam_of(optim: Optim) -> AdamSettings:
+    """The engine's optimiser settings."""
+    return AdamSettings(**{field.name: getattr(optim, field.name) for field in fields(AdamSettings)})
+
+
+def fixed_settings(config: TrainCommand, source: Source, data: PackedData) -> dict[str, Any]:
+    """What the trajectory follows from and must stay when a run goes on; layout, length, tracking and saving may change."""
     return {
         "seed": config.seed,
-        "checkpoint": config.checkpoint,
         "precision": config.precision.name,
         "train.global_batch": config.train.global_batch,
         "train.micro_batch": config.train.micro_batch,
         "train.seq_length": config.train.seq_length,
         "data.held_out": config.data.held_out,
-        "tokenizer": fingerprint,
+        "tokenizer": data.fingerprint,
+        "the samples of data.shards": data.corpus_fingerprint,
+        **{f"the model's {name}": value for name, value in asdict(source.architecture).items() if name != "dtype"},
     }
+
+
+def noted_settings(config: TrainCommand) -> dict[str, Any]:
+    """What may change when a run goes on and is then told, as it bends the curve."""
+    groups = {"optim": asdict(config.optim), "router": asdict(config.router), "balance": asdict(config.balance)}
+    return {f"{name}.{key}": value for name, group in groups.items() for key, value in group.items()}

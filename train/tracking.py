@@ -1,17 +1,11 @@
 """W&B, which can fail without hurting the run: offline unless a key is there, one run under one identity."""
 
 import os
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from moexpand.conf.schema import Track
-
-
-def new_id() -> str:
-    """An identity for a new run, kept in its checkpoints."""
-    return uuid.uuid4().hex[:12]
 
 
 class Tracker:

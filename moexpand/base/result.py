@@ -19,16 +19,27 @@ class Result:
     message: str
 
 
-def write_result(folder: Path, code: int, message: str) -> None:
-    """Leave the result in `folder`; a rank does so as its last act. The first result stays.
+def write_result(folder: Path, code: int, message: str, attempt: str = "") -> None:
+    """Leave the result in `folder`; a rank does so as its last act. The first result of an attempt stays;
+    one of an earlier attempt (another run of torchrun) is replaced.
 
     A rank that fails alone writes its reason, and torchrun then stops the peers: what they would say comes later and says less.
     """
     path = Path(folder) / FILE_NAME
-    with disk_errors(f"writing {path}"), suppress(FileExistsError), open(path, "x", encoding="utf-8") as file:
-        json.dump({"code": code, "message": message}, file, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
+    with disk_errors(f"writing {path}"):
+        if _attempt_of(path) != attempt:
+            path.unlink(missing_ok=True)
+        with suppress(FileExistsError), open(path, "x", encoding="utf-8") as file:
+            json.dump({"code": code, "message": message, "attempt": attempt}, file, ensure_ascii=False)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _attempt_of(path: Path) -> str | None:
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8")).get("attempt", ""))
+    except (FileNotFoundError, ValueError, AttributeError):
+        return None
 
 
 def read_result(folder: Path) -> Result | None:

@@ -19,7 +19,7 @@ def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tied_parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """16 experts, top-4, tied head, probabilities that are not divided by their sum."""
     folder = tmp_path_factory.mktemp("engine") / "tied"
-    return make_parent(folder, experts=16, top_k=4, tie=True, norm_topk_prob=False, seed=1)
+    return make_parent(folder, experts=16, top_k=4, tie=True, norm_topk_prob=False, seed=1, max_shard_size="200KB")
 
 
 @pytest.fixture(scope="session")

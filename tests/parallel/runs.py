@@ -1,6 +1,7 @@
 """What the layout tests run on every rank: an engine, packed batches that can be learnt, curves, gradients."""
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,10 +44,10 @@ def micro_batch(number: int, tokens: int = 64, vocab: int = 256) -> Micro:
 def reader(folder: Path) -> Any:
     """Reads tensors of a folder through the safetensors library, independently of our own reader."""
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    files = {name: safe_open(folder / name, "pt") for name in set(index.values())}
 
     def read(name: str, rows: slice | None) -> torch.Tensor:
-        with safe_open(folder / index[name], "pt") as file:
-            tensor = file.get_tensor(name)
+        tensor = files[index[name]].get_tensor(name)
         return tensor if rows is None else tensor[rows]
 
     return read
@@ -56,10 +57,7 @@ def shape_of(folder: Path, **changes: Any) -> Any:
     from moexpand.parallel.shape import ModelShape
 
     config = json.loads((folder / "config.json").read_text())
-    names = (
-        "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim num_experts num_experts_per_tok "
-        "moe_intermediate_size norm_topk_prob rope_theta rms_norm_eps tie_word_embeddings"
-    ).split()
+    names = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "rope_theta", "rms_norm_eps", "tie_word_embeddings"]
     read = {name: config[name] for name in names} | {"router_n_groups": config.get("router_n_groups", 1)}
     return ModelShape(**(read | changes))
 
@@ -83,6 +81,8 @@ def engine(
         yield built
     finally:
         ranks.stop()
+        if "MASTER_PORT" in os.environ:  # a rank that is quicker would meet the others' old store under the old port
+            os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
 
 
 def on_device(arrays: list[Any]) -> list[Any]:

@@ -1,0 +1,91 @@
+"""Load figures by hand, and tables that never hold a step twice."""
+
+import errno
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from moexpand.base.errors import EnvironmentFailure
+from moexpand.parallel.engine import StepReport
+from moexpand.train.metrics import Table, console_line, load_metrics, read_rows, step_row
+
+
+def test_uniform_load_is_one_everywhere() -> None:
+    found = load_metrics(torch.full((3, 8), 5.0, dtype=torch.float64), groups=4)
+    assert found["moe/load_cv"] == found["moe/group_load_cv"] == found["moe/dead_experts"] == 0
+    assert found["moe/load_max"] == 1
+    assert found["moe/load_entropy"] == pytest.approx(1)
+
+
+def test_load_figures_of_two_layers_by_hand() -> None:
+    """Layer 0: all on one of four experts. Layer 1: 3 and 1 in the first group, 2 and 2 in the second."""
+    counts = torch.tensor([[8, 0, 0, 0], [3, 1, 2, 2]], dtype=torch.float64)
+    found = load_metrics(counts, groups=2)
+    assert found["moe/load_max"] == pytest.approx((4 + 1.5) / 2)
+    assert found["moe/load_cv"] == pytest.approx((math.sqrt(3) + math.sqrt(0.5) / 2) / 2)
+    # Group figures: layer 0 has (4 +- 4) / 4 = 1 and an empty group; layer 1 has (2 +- 1) / 2 = 0.5 and 0.
+    assert found["moe/group_load_cv"] == pytest.approx((1 + 0 + 0.5 + 0) / 4)
+    entropy = -sum(n / 8 * math.log(n / 8) for n in (3, 1, 2, 2)) / math.log(4)
+    assert found["moe/load_entropy"] == pytest.approx((0 + entropy) / 2)
+    assert found["moe/dead_experts"] == pytest.approx(3 / 8)
+
+
+def test_a_step_without_any_token_has_finite_figures() -> None:
+    assert all(math.isfinite(value) for value in load_metrics(torch.zeros(2, 8, dtype=torch.float64), groups=2).values())
+
+
+def test_a_row_holds_what_others_read_and_the_line_what_people_read() -> None:
+    report = StepReport(
+        loss=2.0 / 3.0,
+        tokens=50,
+        grad_norm=1.5,
+        skipped=True,
+        dispatched=torch.ones(2, 4, dtype=torch.float64),
+        balance=torch.tensor([1.0, 2.0], dtype=torch.float64),
+        z_loss=torch.tensor([4.0, 6.0], dtype=torch.float64),
+    )
+    row = json.loads(json.dumps(step_row(report, step=7, tokens=123, lr=1e-3, seconds=2.0, data_seconds=0.5, groups=2)))
+    names = "step tokens loss grad_norm lr tokens_per_second data_seconds skipped"
+    assert [row[name] for name in names.split()] == [7, 123, 2.0 / 3.0, 1.5, 1e-3, 25.0, 0.5, 1]
+    assert (row["moe/balance_loss"], row["moe/z_loss"]) == (1.5, 5.0)
+    line = console_line(row, 100)
+    assert "\n" not in line
+    for part in ("7/100", "0.6667", "1.500", "SKIPPED"):
+        assert part in line
+
+
+def test_going_on_removes_what_lies_beyond_the_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    table = Table(path, 0)
+    for step in range(1, 6):
+        table.append({"step": step, "loss": step / 3})
+    table.close()
+    with open(path, "a", encoding="utf-8") as file:
+        file.write('{"step": 6, "lo')  # killed in the middle of a line
+    assert [row["step"] for row in read_rows(path)] == [1, 2, 3, 4, 5]
+    table = Table(path, 3)
+    table.append({"step": 4, "loss": 4 / 3})
+    table.close()
+    assert read_rows(path) == [{"step": step, "loss": step / 3} for step in range(1, 5)]
+    assert [each.name for each in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_new_run_starts_without_rows(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    Table(tmp_path / "metrics.jsonl", 0).close()
+    assert read_rows(tmp_path / "metrics.jsonl") == []
+
+
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = Table(tmp_path / "metrics.jsonl", 0)
+
+    class Full:
+        def write(self, text: str) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(table, "_file", Full())
+    with pytest.raises(EnvironmentFailure, match="disk is full while writing .*metrics.jsonl"):
+        table.append({"step": 1})
