@@ -1,7 +1,7 @@
 """`make quickstart`: the whole way on one small machine, stage by stage, through the same commands that a cluster run uses.
 
     pdfs -> shards -> parent (128 experts, trained) -> child (512 experts in 8 groups) -> verified -> trained on two ranks,
-    stopped and resumed once -> exported; beside it the parent continued on the same tokens.
+    stopped and resumed once -> exported, its step 0 checked by transformers; beside it the parent continued on the same tokens.
 
 `python -m moexpand.launch.quickstart [folder=quickstart] [stage=NAME]` runs every stage that is not done yet, or one alone.
 A stage is done when its output is there; remove the output to run it again.
@@ -72,6 +72,12 @@ def trained(paths: Paths) -> None:
     _moexpand("export", f"run={paths.child_run}", f"target={paths.trained}")
 
 
+def checked(paths: Paths) -> None:
+    """The child's loss at step 0 once more, by transformers."""
+    _run([sys.executable, "-m", "moexpand.train.reference", str(paths.child_run)])
+    paths.checked.touch()
+
+
 def continued(paths: Paths) -> None:
     """Train the parent on the tokens that the child had."""
     _train(paths, "continued_run", "quickstart_continued", f"checkpoint={paths.parent}", "seed=1")
@@ -79,7 +85,7 @@ def continued(paths: Paths) -> None:
 
 
 STAGES: dict[str, Callable[[Paths], None]] = {
-    stage.__name__: stage for stage in (pdfs, shards, parent, child, verified, trained, continued)
+    stage.__name__: stage for stage in (pdfs, shards, parent, child, verified, trained, checked, continued)
 }
 
 

@@ -5,13 +5,21 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from moexpand.base.errors import InputError
+from moexpand.base.errors import CheckFailed, InputError
 
 Rows = list[dict[str, Any]]
 
 
+LEARNT = 1.0
+"""Nats that the parent must be below the entropy of token frequencies: then its routing is not random."""
+
+
 def summarise(folder: Path) -> None:
-    """Print the figures of a finished quickstart and draw `summary.png` beside its outputs."""
+    """Print the figures of a finished quickstart and draw `summary.png` beside its outputs.
+
+    Raises:
+        CheckFailed: the parent has not learnt, or the child has not become better since step 0.
+    """
     parent, child, continued = (_evaluations(folder / f"{run}-run") for run in ("parent", "child", "continued"))
     steps = _rows(folder / "child-run" / "metrics.jsonl")
     picture = folder / "summary.png"
@@ -31,12 +39,19 @@ def summarise(folder: Path) -> None:
         f"{load['moe/group_load_cv']:.2f}, {load['moe/dead_experts']:.1%} without a token"
     )
     print(f"  the trained child: {folder / 'trained'}   runs: {folder}/*-run   picture: {picture}")
+    if not before <= unigram - LEARNT:
+        raise CheckFailed(f"The parent's loss {before:.4f} is not {LEARNT} nats below the {unigram:.4f} of token frequencies.")
+    if not last < first:
+        raise CheckFailed(f"The child's loss went from {first:.4f} at step 0 to {last:.4f}.")
 
 
 def _rows(path: Path) -> Rows:
     if not path.exists():
         raise InputError(f"{path} is missing; run the quickstart's stages first.")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    if not rows:
+        raise InputError(f"{path} is empty; remove {path.parent} and run the quickstart again.")
+    return rows
 
 
 def _evaluations(run: Path) -> Rows:

@@ -20,7 +20,13 @@ from moexpand.parallel import cpu
 from moexpand.parallel.engine import Engine
 from moexpand.parallel.optimizer import apply_settings
 
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+# Copied at every use: Megatron-Core notes the process group of the moment in it.
+_METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    # The states of a data-parallel group are gathered on its first rank, through main memory, not on all of them.
+    "distrib_optim_fully_reshardable_mem_efficient": True,
+    "chained_optim_avoid_prefix": True,
+}
 
 
 def save(engine: Engine, folder: Path, extra: dict[str, Any]) -> None:
@@ -33,10 +39,14 @@ def save(engine: Engine, folder: Path, extra: dict[str, Any]) -> None:
         EnvironmentFailure: a rank could not write its part.
     """
     cpu.enable()
-    model_state = engine.model.sharded_state_dict(metadata=_METADATA)
+    model_state = engine.model.sharded_state_dict(metadata=dict(_METADATA))
+    optimizer_state = engine.optimizer.sharded_state_dict(model_state, metadata=dict(_METADATA))
+    for part in optimizer_state.values():
+        if part["param_state"] is None:  # held by the first rank of the data-parallel group
+            del part["param_state"]
     state = {
         "model": model_state,
-        "optimizer": engine.optimizer.sharded_state_dict(model_state, metadata=_METADATA),
+        "optimizer": optimizer_state,
         "extra": {**extra, "adam_step": _adam_step(engine.optimizer)},
     }
     try:
@@ -53,11 +63,11 @@ def load(engine: Engine, folder: Path) -> dict[str, Any]:
         `extra` as it was given to `save`.
     """
     cpu.enable()
-    model_state = engine.model.sharded_state_dict(metadata=_METADATA)
+    model_state = engine.model.sharded_state_dict(metadata=dict(_METADATA))
     state: dict[str, Any] = {"model": model_state}
     if engine.optimizer is not None:
         _initialise_states(engine.optimizer)
-        state["optimizer"] = engine.optimizer.sharded_state_dict(model_state, is_loading=True, metadata=_METADATA)
+        state["optimizer"] = engine.optimizer.sharded_state_dict(model_state, is_loading=True, metadata=dict(_METADATA))
     loaded = dist_checkpointing.load(state, str(folder), get_default_load_sharded_strategy(str(folder)))
     engine.model.load_state_dict(loaded["model"])
     extra: dict[str, Any] = loaded["extra"]

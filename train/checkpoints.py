@@ -59,22 +59,30 @@ def save(engine: Engine, run: Path, progress: Progress, keep: int) -> Path:
             building.mkdir()
         ranks.barrier()
         checkpoint.save(engine, building, {"step": progress.step})
-        ranks.barrier()
         if engine.ranks.main:
-            _publish(building, final, progress)
+            write_json(building / TRAINER, vars(progress))
+        ranks.barrier()
+        facts = {name: fact for part in ranks.gather(_seal(building, engine.ranks)) for name, fact in part.items()}
+        if engine.ranks.main:
+            _publish(building, final, facts)
             for old in list_steps(run)[:-keep] if keep else []:
                 shutil.rmtree(run / FOLDER / NAME.format(old))
         ranks.barrier()
     return final
 
 
-def _publish(building: Path, final: Path, progress: Progress) -> None:
-    write_json(building / TRAINER, vars(progress))
-    files = sorted(path for path in building.iterdir() if path.is_file())
-    for path in files:
+def _seal(building: Path, here: ranks.Ranks) -> dict[str, dict[str, Any]]:
+    """Make this rank's share of the files durable; returns size and checksum of each."""
+    facts = {}
+    for path in sorted(building.iterdir())[here.world_rank :: here.world_size]:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-    write_json(building / MANIFEST, {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files})
+        facts[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    return facts
+
+
+def _publish(building: Path, final: Path, facts: dict[str, dict[str, Any]]) -> None:
+    write_json(building / MANIFEST, dict(sorted(facts.items())))
     fsync_folder(building)
     shutil.rmtree(final, ignore_errors=True)
     os.rename(building, final)
@@ -98,15 +106,19 @@ def find(run: Path, step: int | None = None) -> Path:
     return run / FOLDER / NAME.format(steps[-1] if step is None else step)
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, in one clause that names the file; None when nothing is."""
+def damage(folder: Path, share: slice = slice(None)) -> str | None:
+    """What is wrong with a checkpoint's files, in one sentence that names the file; None when nothing is.
+
+    Args:
+        share: which of the listed files to look at.
+    """
     try:
         manifest = read_json(folder / MANIFEST)
     except InputError as error:
         return str(error)
     if not isinstance(manifest, dict) or TRAINER not in manifest:
         return f"{folder / MANIFEST} does not list a checkpoint's files."
-    for name, facts in manifest.items():
+    for name, facts in list(manifest.items())[share]:
         path = folder / name
         if not path.is_file():
             return f"{path} is missing."
@@ -117,8 +129,8 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def choose(run: Path, resume: str) -> tuple[Path | None, list[str]]:
-    """The checkpoint to go on from, and what to tell the user about damaged ones. One rank calls this, before any writes.
+def choose(run: Path, resume: str, here: ranks.Ranks) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, and what to tell the user about damaged ones. All ranks call this, before any writes.
 
     Leftovers of interrupted saves are removed, and damaged checkpoints newer than the chosen one are set aside under another
     name, so that they neither count as checkpoints nor push whole ones out.
@@ -127,34 +139,44 @@ def choose(run: Path, resume: str) -> tuple[Path | None, list[str]]:
         InputError: `resume` is `never` and there are checkpoints.
         EnvironmentFailure: `resume` is `exact` and the newest one is damaged, or none is whole.
     """
-    steps = list_steps(run)
+    steps = ranks.broadcast(list_steps(run))
     if steps and resume == "never":
         raise InputError(
             f"{run} holds a checkpoint of step {steps[-1]} and run.resume=never; choose another run.dir or remove it."
         )
-    with disk_errors(f"tidying {run / FOLDER}"):
-        for leftover in (run / FOLDER).glob(f".step_*{PARTIAL}"):
-            shutil.rmtree(leftover)
     damaged: dict[Path, str] = {}
+    chosen: Path | None = None
     for step in reversed(steps):
         folder = run / FOLDER / NAME.format(step)
-        wrong = damage(folder)
+        wrong = next(filter(None, ranks.gather(damage(folder, slice(here.world_rank, None, here.world_size)))), None)
         if wrong is None:
-            return folder, [_set_aside(path, reason) for path, reason in damaged.items()]
+            chosen = folder
+            break
         if resume == "exact":
             raise EnvironmentFailure(f"The newest checkpoint is damaged and run.resume=exact: {wrong}")
         damaged[folder] = wrong
-    if damaged:
+    if damaged and chosen is None:
         raise EnvironmentFailure(f"Every checkpoint in {run / FOLDER} is damaged; the newest: {next(iter(damaged.values()))}")
-    return None, []
+    if here.main:
+        with disk_errors(f"tidying {run / FOLDER}"):
+            for leftover in (run / FOLDER).glob(f".step_*{PARTIAL}"):
+                shutil.rmtree(leftover)
+            for folder in damaged:
+                _set_aside(folder)
+    ranks.barrier()
+    return chosen, [
+        f"WARNING: checkpoint {folder.name} is damaged, passed over and renamed to {_aside(folder).name}: {wrong}"
+        for folder, wrong in damaged.items()
+    ]
 
 
-def _set_aside(folder: Path, reason: str) -> str:
-    aside = folder.with_name(f"damaged_{folder.name}")
-    with disk_errors(f"renaming {folder}"):
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(folder, aside)
-    return f"WARNING: checkpoint {folder.name} is damaged, passed over and renamed to {aside.name}: {reason}"
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f"damaged_{folder.name}")
+
+
+def _set_aside(folder: Path) -> None:
+    shutil.rmtree(_aside(folder), ignore_errors=True)
+    os.rename(folder, _aside(folder))
 
 
 def read_progress(folder: Path) -> Progress:

@@ -47,14 +47,16 @@ def export(command: ExportCommand, say: Callable[[str], None]) -> None:
 
 
 def _write(config: TrainCommand, source: Source, folder: Path, command: ExportCommand, target: Path, side_files: Path) -> None:
+    # The whole model is copied out and nothing is computed: main memory will do.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # one process holds the whole model, wherever it was started
+        os.environ.pop(variable, None)
     from moexpand.parallel import checkpoint, ranks
     from moexpand.parallel.engine import Engine
     from moexpand.parallel.shape import DTYPES, Layout, RouterRules
     from moexpand.train import weights
     from moexpand.train.setup import shape_of
 
-    for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # one process holds the whole model, wherever it was started
-        os.environ.pop(variable, None)
     dtype = DTYPES[config.precision.name]
     here = ranks.start(Layout())
     try:

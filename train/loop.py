@@ -4,9 +4,8 @@ import time
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from moexpand.base.errors import MoexpandError, Stopped
+from moexpand.base.errors import Stopped
 from moexpand.base.files import write_atomic
 from moexpand.conf.compose import to_yaml
 from moexpand.conf.schema import TrainCommand
@@ -50,7 +49,7 @@ def train(config: TrainCommand, source: Source, data: PackedData, here: ranks.Ra
             records.evaluation(row)
             display.say(f"step {progress.step}/{steps}  held-out loss {row['held_out_loss']:.4f}")
 
-        if progress.step == 0:
+        if ranks.broadcast(records.lacks_evaluation(progress.step)):  # at the start, or the stop came before it
             evaluate()
         while progress.step < steps:
             began = time.perf_counter()
@@ -82,7 +81,7 @@ def load_batches(data: PackedData, config: TrainCommand, here: ranks.Ranks, step
 def _start(config: TrainCommand, source: Source, data: PackedData, here: ranks.Ranks) -> tuple[Engine, Progress, list[str]]:
     """The engine as it stood at the newest checkpoint, or with the weights that the run starts from."""
     fixed, noted = setup.fixed_settings(config, source, data), setup.noted_settings(config)
-    folder, notes = _chosen(config, here)
+    folder, notes = checkpoints.choose(Path(config.run.dir), config.run.resume, here)
     engine = setup.build_engine(config, source, here)
     if folder is None:
         setup.fill(engine, source, config.seed)
@@ -94,17 +93,3 @@ def _start(config: TrainCommand, source: Source, data: PackedData, here: ranks.R
     checkpoint.load(engine, folder)
     notes.append(f"going on from {folder} (step {progress.step} of {config.train.steps})")
     return engine, replace(progress, noted=noted), notes
-
-
-def _chosen(config: TrainCommand, here: ranks.Ranks) -> tuple[Path | None, list[str]]:
-    """Rank 0 chooses the checkpoint for all, or all raise what it raises."""
-    answer: Any = None
-    if here.main:
-        try:
-            answer = checkpoints.choose(Path(config.run.dir), config.run.resume)
-        except MoexpandError as error:
-            answer = error
-    answer = ranks.broadcast(answer)
-    if isinstance(answer, MoexpandError):
-        raise answer
-    return answer

@@ -84,6 +84,7 @@ class Table:
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
         kept = [row for row in read_rows(path) if row["step"] <= step]
+        self.steps = {row["step"] for row in kept}
         with disk_errors(f"writing {path}"):
             write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run, see close()

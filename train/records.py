@@ -36,6 +36,10 @@ class Records:
             self._evaluations.append(row)
             self._tracker.log(row)
 
+    def lacks_evaluation(self, step: int) -> bool:
+        """Whether no evaluation of this step is written down (rank 0 knows)."""
+        return self._main and step not in self._evaluations.steps
+
     def close(self) -> None:
         if self._main:
             self._steps.close()

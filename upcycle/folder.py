@@ -11,7 +11,7 @@ from moexpand.base.files import new_folder, write_json
 from moexpand.upcycle.checkpoint import CONFIG, side_files_of
 from moexpand.upcycle.config_json import Config
 from moexpand.upcycle.layout import check_space, copy_side_files, create_shards, open_at, plan_layout
-from moexpand.upcycle.model_code import code_files, write_model_code
+from moexpand.upcycle.model_code import every_code_file, write_model_code
 from moexpand.upcycle.safetensors_file import Shape, TensorInfo, dtype_code
 
 
@@ -44,7 +44,7 @@ def write_checkpoint(
         create_shards(folder, layout)
         write_json(folder / CONFIG, config)
         if side_files is not None:
-            copy_side_files(Path(side_files), side_files_of(Path(side_files)), folder, keep=code_files(config["model_type"]))
+            copy_side_files(Path(side_files), side_files_of(Path(side_files)), folder, keep=every_code_file())
         write_model_code(folder, config["model_type"])
         for name, place in layout.tensors.items():
             data = _bytes(produce(name), place)

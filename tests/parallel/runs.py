@@ -57,7 +57,11 @@ def shape_of(folder: Path, **changes: Any) -> Any:
     from moexpand.parallel.shape import ModelShape
 
     config = json.loads((folder / "config.json").read_text())
-    names = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "rope_theta", "rms_norm_eps", "tie_word_embeddings"]
+    words = (
+        "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim num_experts "
+        "num_experts_per_tok moe_intermediate_size norm_topk_prob rope_theta rms_norm_eps tie_word_embeddings"
+    )
+    names = words.split()
     read = {name: config[name] for name in names} | {"router_n_groups": config.get("router_n_groups", 1)}
     return ModelShape(**(read | changes))
 

@@ -30,6 +30,7 @@ FOUR: dict[str, dict[str, Any]] = {
     "TP2 PP2": {"tensor": 2, "pipeline": 2},
 }
 BOUNDS = {"fp32": (2e-5, 1e-4), "fp64": (1e-8, 1e-8)}
+STEPS = {"fp32": 20, "fp64": 10}
 
 
 def _far(found: list[Row], due: list[Row], loss: float, grad_norm: float) -> list[str]:
@@ -49,7 +50,7 @@ def _far(found: list[Row], due: list[Row], loss: float, grad_norm: float) -> lis
 
 
 def _jobs(folder: Path, layouts: dict[str, dict[str, Any]], precisions: tuple[str, ...] = ("fp32", "fp64")) -> list[Job]:
-    return [Job(folder, layout, RULES, precision) for precision in precisions for layout in layouts.values()]
+    return [Job(folder, layout, RULES, precision, STEPS[precision]) for precision in precisions for layout in layouts.values()]
 
 
 @pytest.fixture(scope="module")
@@ -80,19 +81,22 @@ def test_curves_are_the_same_on_every_layout(
     wrong = {
         name: far
         for name, job, rows in zip(names, jobs, answers[0], strict=True)
-        if (far := _far(rows, reference[job.precision], *BOUNDS[job.precision]))
+        if (far := _far(rows, reference[job.precision][: job.steps], *BOUNDS[job.precision]))
     }
     assert not wrong, {name: far[:3] for name, far in wrong.items()}
 
 
 def test_a_grouped_child_trains_the_same_by_every_dispatcher(children: dict[str, Path]) -> None:
-    child = children["halves_bits"]
-    (due,) = runs.curves([Job(child, {}, RULES, steps=10)])
-    assert due[-1].loss < due[0].loss
-    dispatchers = ("grouped_allgather", "alltoall", "allgather")
-    jobs = [Job(child, {"expert": 2, "dispatcher": name}, RULES, steps=10) for name in dispatchers]
-    for name, rows in zip(dispatchers, run_on_ranks(runs.curves, 2, jobs)[0], strict=True):
-        assert not _far(rows, due, 2e-5, 1e-4), name
+    """Ten steps in float64. In fp32 a near tie among 64 experts may go another way after a few, and then all that follows."""
+    child, dispatchers = children["halves_bits"], ("grouped_allgather", "alltoall", "allgather")
+    cases = [("fp64", 10), ("fp32", 2)]
+    dues = runs.curves([Job(child, {}, RULES, precision, steps) for precision, steps in cases])
+    assert dues[0][-1].loss < 0.95 * dues[0][0].loss
+    jobs = [Job(child, {"expert": 2, "dispatcher": name}, RULES, *case) for case in cases for name in dispatchers]
+    answers = run_on_ranks(runs.curves, 2, jobs)[0]
+    for job, rows in zip(jobs, answers, strict=True):
+        due = dues[[precision for precision, _ in cases].index(job.precision)]
+        assert not _far(rows, due, *BOUNDS[job.precision]), job
         assert rows[0].dispatched == due[0].dispatched, "the same experts are counted"
 
 

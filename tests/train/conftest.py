@@ -20,7 +20,8 @@ SHAPE = {
 }
 """A model of 128 experts, small enough that the embedding of 8,448 tokens is most of it."""
 STEPS, STOP = 12, 5
-WORDS = ["the", "router", "sends", "every", "token", "to", "a", "few", "of", "many", "experts", "and", "the", "balance", "loss", "keeps", "their", "load", "even", "while", "随机", "α", "naïve"]
+SENTENCE = "the router sends every token to a few of many experts and the balance loss keeps their load even while 随机 α naïve"
+WORDS = SENTENCE.split()
 
 
 def settings(shards: Path, run: Path, **changes: object) -> list[str]:
@@ -86,5 +87,3 @@ def exported(straight: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def child(exported: Path) -> Path:
     """The exported parent's child of 512 experts in 8 groups."""
     return make_child(exported, exported.with_name("child"))
-
-

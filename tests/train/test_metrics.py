@@ -10,6 +10,7 @@ import torch
 
 from moexpand.base.errors import EnvironmentFailure
 from moexpand.parallel.engine import StepReport
+from moexpand.train.checkpoints import Progress
 from moexpand.train.metrics import Table, console_line, load_metrics, read_rows, step_row
 
 
@@ -47,7 +48,8 @@ def test_a_row_holds_what_others_read_and_the_line_what_people_read() -> None:
         balance=torch.tensor([1.0, 2.0], dtype=torch.float64),
         z_loss=torch.tensor([4.0, 6.0], dtype=torch.float64),
     )
-    row = json.loads(json.dumps(step_row(report, step=7, tokens=123, lr=1e-3, seconds=2.0, data_seconds=0.5, groups=2)))
+    progress = Progress(step=7, tokens=123, fixed={}, noted={}, wandb_id="")
+    row = json.loads(json.dumps(step_row(report, progress, lr=1e-3, seconds=2.0, data_seconds=0.5, groups=2)))
     names = "step tokens loss grad_norm lr tokens_per_second data_seconds skipped"
     assert [row[name] for name in names.split()] == [7, 123, 2.0 / 3.0, 1.5, 1e-3, 25.0, 0.5, 1]
     assert (row["moe/balance_loss"], row["moe/z_loss"]) == (1.5, 5.0)
@@ -87,5 +89,5 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(table, "_file", Full())
-    with pytest.raises(EnvironmentFailure, match="disk is full while writing .*metrics.jsonl"):
+    with pytest.raises(EnvironmentFailure, match=r"disk is full while writing .*metrics\.jsonl"):
         table.append({"step": 1})

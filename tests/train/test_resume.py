@@ -74,6 +74,19 @@ def _truncate(file: Path) -> None:
 DAMAGES: dict[str, Callable[[Path], None]] = {"flipped byte": _flip, "truncated file": _truncate, "missing file": Path.unlink}
 
 
+def _choose(run: Path, resume: str) -> tuple[Path | None, list[str]]:
+    """What a world of one rank would go on from."""
+    from moexpand.parallel import ranks
+    from moexpand.parallel.shape import Layout
+    from moexpand.train import checkpoints
+
+    here = ranks.start(Layout())
+    try:
+        return checkpoints.choose(run, resume, here)
+    finally:
+        ranks.stop()
+
+
 def _weights_file(run: Path, step: int) -> Path:
     return max((run / "checkpoints" / f"step_{step:07d}").glob("*.distcp"), key=lambda path: path.stat().st_size)
 
@@ -99,19 +112,17 @@ def test_every_kind_of_damage_is_seen_and_named(stopped: Path, name: str) -> Non
     file = _weights_file(stopped, 10)
     DAMAGES[name](file)
     with pytest.raises(EnvironmentFailure, match=r"run\.resume=exact") as caught:
-        checkpoints.choose(stopped, "exact")
+        _choose(stopped, "exact")
     assert str(file) in str(caught.value)
-    chosen, warnings = checkpoints.choose(stopped, "auto")
+    chosen, warnings = _choose(stopped, "auto")
     assert chosen == stopped / "checkpoints" / "step_0000005"
     assert str(file) in " ".join(warnings)
 
 
 @pytest.mark.parametrize("file", ["manifest.json", "trainer.json"])
 def test_a_checkpoint_without_its_lists_is_no_checkpoint(stopped: Path, file: str) -> None:
-    from moexpand.train import checkpoints
-
     (stopped / "checkpoints" / "step_0000010" / file).unlink()
-    chosen, warnings = checkpoints.choose(stopped, "auto")
+    chosen, warnings = _choose(stopped, "auto")
     assert chosen == stopped / "checkpoints" / "step_0000005"
     assert file in " ".join(warnings)
 
@@ -128,39 +139,32 @@ def test_exact_refuses_a_damaged_checkpoint(shards: Path, stopped: Path) -> None
 
 def test_when_all_checkpoints_are_damaged_the_run_does_not_start_anew(stopped: Path) -> None:
     from moexpand.base.errors import EnvironmentFailure
-    from moexpand.train import checkpoints
 
     for step in (5, 10):
         _flip(_weights_file(stopped, step))
     with pytest.raises(EnvironmentFailure, match="Every checkpoint"):
-        checkpoints.choose(stopped, "auto")
+        _choose(stopped, "auto")
 
 
-def test_never_refuses_a_run_that_has_begun(shards: Path, stopped: Path) -> None:
-    said = sentence(moexpand(*settings(shards, stopped, run__resume="never", launch__processes=1, parallel__expert=1)), 2)
-    assert "run.resume=never" in said
+def test_never_refuses_a_run_that_has_begun(stopped: Path) -> None:
+    from moexpand.base.errors import InputError
+
+    with pytest.raises(InputError, match=r"step 10 and run\.resume=never"):
+        _choose(stopped, "never")
     assert _checkpoints(stopped) == ["step_0000005", "step_0000010"]
 
 
 def test_settings_that_shape_the_trajectory_may_not_change(shards: Path, stopped: Path) -> None:
-    changed = settings(shards, stopped, seed=7, train__global_batch=8, launch__processes=1, parallel__expert=1)
-    said = sentence(moexpand(*changed), 2)
-    for part in ("seed was 0 and is 7", "train.global_batch was 4 and is 8"):
+    """Each is named with both values."""
+    changes = {"seed": 7, "train.global_batch": 8, "model.moe_intermediate_size": 16}
+    before = _trajectory(stopped)
+    said = sentence(moexpand(*settings(shards, stopped, launch__processes=1, parallel__expert=1, **changes)), 2)
+    for part in ("seed was 0 and is 7", "train.global_batch was 4 and is 8", "moe_intermediate_size was 8 and is 16"):
         assert part in said
+    assert _trajectory(stopped) == before
 
 
-def test_another_shape_of_model_may_not_go_on(shards: Path, stopped: Path) -> None:
-    changed = settings(shards, stopped, launch__processes=1, parallel__expert=1) + ["model.moe_intermediate_size=16"]
-    said = sentence(moexpand(*changed), 2)
-    assert "8" in said
-    assert "16" in said
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_end(
-    shards: Path, straight: Path, tmp_path: Path, number: signal.Signals
-) -> None:
-    """SIGUSR1 is what SLURM sends; torchrun would die of it."""
+def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_end(shards: Path, straight: Path, tmp_path: Path) -> None:
     run, long = tmp_path / "run", 400
     process = start(*settings(shards, run, train__steps=long, save__every=0))
     metrics, deadline = run / "metrics.jsonl", time.monotonic() + 120
@@ -168,7 +172,7 @@ def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_end(
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 75, err
     assert len(err.strip().splitlines()) == 1, err

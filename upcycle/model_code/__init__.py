@@ -13,6 +13,11 @@ def code_files(model_type: str) -> tuple[str, ...]:
     return CODE.get(model_type, ())
 
 
+def every_code_file() -> frozenset[str]:
+    """Names of all files of model code, of whatever type: a folder that is copied to another type leaves its own behind."""
+    return frozenset(name for names in CODE.values() for name in names)
+
+
 def write_model_code(folder: Path, model_type: str) -> dict[str, str]:
     """Put the model code of `model_type` into a checkpoint folder; returns the SHA-256 of each file by name."""
     for name in code_files(model_type):

@@ -126,6 +126,9 @@ class Qwen3MoeGroupedRouter(Qwen3MoeTopKRouter):
 class Qwen3MoeGroupedPreTrainedModel(Qwen3MoePreTrainedModel):
     config: Qwen3MoeGroupedConfig
     config_class = Qwen3MoeGroupedConfig
+    # transformers looks into this file for the decorator that lets experts run as one grouped product; it stands in qwen3_moe,
+    # where the experts are.
+    _can_set_experts_implementation_cached_value = True
 
 
 class Qwen3MoeGroupedModel(Qwen3MoeGroupedPreTrainedModel, Qwen3MoeModel):
