@@ -37,9 +37,10 @@ class _SplitCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient_T: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         probabilities_TV, index_T1, mine_T = ctx.saved_tensors
-        gradient_TV = probabilities_TV.clone()
-        gradient_TV.scatter_add_(1, index_T1, -mine_T.to(gradient_TV.dtype)[:, None])
-        return (gradient_TV * gradient_T[:, None]).to(ctx.dtype), None, None, None
+        gradient_T1 = gradient_T.to(probabilities_TV.dtype)[:, None]
+        gradient_TV = probabilities_TV.mul_(gradient_T1)  # in place: the largest tensor of the step is needed no more
+        gradient_TV.scatter_add_(1, index_T1, -gradient_T1 * mine_T[:, None])
+        return gradient_TV.to(ctx.dtype), None, None, None
 
 
 def split_cross_entropy(logits_TV: torch.Tensor, labels_T: torch.Tensor, group: Any) -> torch.Tensor:

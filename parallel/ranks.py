@@ -43,6 +43,7 @@ def start(layout: Layout, timeout_seconds: float = 600.0) -> Ranks:
         InputError: the world's size does not fit the layout.
         EnvironmentFailure: the peers did not come within `timeout_seconds`.
     """
+    assert not dist.is_initialized(), "ranks.start was called twice without ranks.stop between"
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     for name, size in (
         ("TP x CP x PP", layout.tensor * layout.context * layout.pipeline),

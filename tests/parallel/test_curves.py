@@ -19,6 +19,8 @@ TWO: dict[str, dict[str, Any]] = {
     "EP2 allgather": {"expert": 2, "dispatcher": "allgather"},
     "DP2": {},
     "PP2": {"pipeline": 2},
+    "PP2 recomputed": {"pipeline": 2, "recompute": "full"},
+    "PP2 experts recomputed": {"pipeline": 2, "recompute": "selective"},
     "TP2": {"tensor": 2},
     "TP2 EP2": {"tensor": 2, "expert": 2},
 }
