@@ -1,5 +1,6 @@
 """The documentation: its commands parse and compose, its links resolve, and the files, tests and layouts that it names exist."""
 
+import dataclasses
 import re
 import shlex
 from collections.abc import Iterator
@@ -57,7 +58,7 @@ def test_every_command_line_composes(page: Path, tmp_path: Path, monkeypatch: py
             (tmp_path / name[1]).write_text(block)
     monkeypatch.chdir(tmp_path)
     for line in command_lines(page):
-        compose_line(words_of(line))
+        assert dataclasses.is_dataclass(compose_line(words_of(line))), line
 
 
 def test_command_lines_are_found_and_a_wrong_one_would_fail() -> None:
