@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+from moexpand.base.errors import Stopped
 from moexpand.conf.schema import TrainCommand
 from moexpand.train import preflight
 from moexpand.train.worker import work
@@ -19,7 +20,11 @@ def run(config: TrainCommand) -> None:
 
     stop = StopRequest()
     here = ranks.start(layout_of(config.parallel), config.parallel.timeout_seconds)
-    train(config, source, data, here, stop)
+    try:
+        train(config, source, data, here, stop)
+    except Stopped:  # all ranks are here; after any other error the peers may not be
+        ranks.stop()
+        raise
     ranks.stop()
 
 

@@ -1,0 +1,99 @@
+"""A whole training step of the quickstart's parent: our engine against transformers, in one process, interleaved.
+
+Same weights, tokens, threads, AdamW and clipping; transformers with sdpa attention and its grouped_mm experts. Prints medians of
+tokens a second, the ratio and the versions. `python bench/train_step.py [rounds]`
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+warnings.filterwarnings("ignore")
+LAYERS, SEQUENCES, LENGTH, VOCABULARY = 4, 4, 512, 8448
+
+
+def transformers_step(folder: Path, tokens: torch.Tensor) -> Callable[[], float]:
+    """One step of transformers' model; returns its loss."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="sdpa", experts_implementation="grouped_mm"
+    ).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+    def step() -> float:
+        optimizer.zero_grad()
+        logits = model(tokens).logits[:, :-1].flatten(0, 1)
+        loss = torch.nn.functional.cross_entropy(logits, tokens[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return float(loss)
+
+    return step
+
+
+def engine_step(folder: Path, tokens: torch.Tensor) -> Callable[[], float]:
+    """One step of our engine; returns its loss."""
+    from moexpand.parallel import ranks
+    from moexpand.parallel.batch import PackedBatch
+    from moexpand.parallel.engine import Engine
+    from moexpand.parallel.optimizer import AdamSettings
+    from moexpand.parallel.shape import Layout, RouterRules
+    from moexpand.train import weights
+    from moexpand.train.setup import shape_of
+    from moexpand.upcycle.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(folder)
+    engine = Engine(shape_of(checkpoint.architecture), Layout(), RouterRules(), "fp32", ranks.start(Layout()))
+    weights.load(engine, checkpoint)
+    engine.prepare_training(AdamSettings())
+    batch = PackedBatch.from_sequences(tokens)
+    return lambda: engine.step([batch], 1e-3).loss
+
+
+def write_parent(folder: Path) -> None:
+    """A random parent of the quickstart's shape, written by transformers."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        vocab_size=VOCABULARY, hidden_size=192, num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=48, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=48, norm_topk_prob=True,
+    )  # fmt: skip
+    Qwen3MoeForCausalLM(config).save_pretrained(folder)
+
+
+def main(rounds: int) -> None:
+    """Measure and print."""
+    import megatron.core
+    import transformers
+
+    torch.manual_seed(0)
+    tokens = torch.randint(0, VOCABULARY, (SEQUENCES, LENGTH))
+    with tempfile.TemporaryDirectory() as scratch:
+        write_parent(Path(scratch))
+        steps = {"moexpand": engine_step(Path(scratch), tokens), "transformers": transformers_step(Path(scratch), tokens)}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    losses = {name: step() for name, step in steps.items()}  # warms up as well
+    for _ in range(rounds):
+        for name, step in steps.items():
+            began = time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - began)
+    print(f"first loss: {', '.join(f'{name} {loss:.6f}' for name, loss in losses.items())}")
+    for name, measured in seconds.items():
+        median, spread = statistics.median(measured), f"{min(measured):.3f} to {max(measured):.3f}"
+        print(f"{name:12s} {tokens.numel() / median:8,.0f} tokens/s   median {median:.3f} s, {spread}")
+    ratio = statistics.median(seconds["transformers"]) / statistics.median(seconds["moexpand"])
+    print(f"ratio {ratio:.2f}x over {rounds} interleaved rounds, {torch.get_num_threads()} threads, torch {torch.__version__},")
+    print(f"transformers {transformers.__version__}, megatron-core {megatron.core.__version__}")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 7)
