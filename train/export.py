@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moexpand.base.errors import InputError
+from moexpand.base.files import refuse_existing
 from moexpand.conf.compose import from_yaml
 from moexpand.conf.schema import ExportCommand, TrainCommand
 from moexpand.train import checkpoints, preflight
@@ -26,8 +27,7 @@ def export(command: ExportCommand, say: Callable[[str], None]) -> None:
         InputError: the target exists, the run has no such checkpoint, or it is damaged.
     """
     run, target = Path(command.run), Path(command.target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{target} exists already and is not an empty folder; choose another target or remove it.")
+    refuse_existing(target)
     config: TrainCommand = from_yaml(run / "config.yaml", "train")
     folder = checkpoints.find(run, command.step)
     wrong = checkpoints.damage(folder)

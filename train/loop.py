@@ -1,6 +1,7 @@
 """The training loop of one worker, to be read from top to bottom."""
 
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
@@ -49,11 +50,13 @@ def train(config: TrainCommand, source: Source, data: PackedData, here: ranks.Ra
             records.evaluation(row)
             display.say(f"step {progress.step}/{steps}  held-out loss {row['held_out_loss']:.4f}")
 
+        told: set[str] = set()
         if ranks.broadcast(records.lacks_evaluation(progress.step)):  # at the start, or the stop came before it
             evaluate()
         while progress.step < steps:
             began = time.perf_counter()
             batches = load_batches(data, config, here, progress.step)
+            _tell_bad_samples(data, told, display.say if here.main else print)
             waited = time.perf_counter() - began
             lr = learning_rate(config.optim, progress.step, steps)
             report = engine.step(batches, lr)
@@ -76,6 +79,13 @@ def load_batches(data: PackedData, config: TrainCommand, here: ranks.Ranks, step
     """This data rank's micro-batches of a step, on the device."""
     arrays = data.batch(step, here.data_rank, here.data_size, config.train.micro_batch)
     return [PackedBatch.from_arrays(each, cpu.device()) for each in arrays]
+
+
+def _tell_bad_samples(data: PackedData, told: set[str], say: Callable[[str], None]) -> None:
+    """Name each unreadable sample once, on the rank that met it (ranks other than 0 print to launch.log)."""
+    for key in data.bad_samples.keys() - told:
+        told.add(key)
+        say(f"WARNING: sample {key} is left out: {data.bad_samples[key]}")
 
 
 def _start(config: TrainCommand, source: Source, data: PackedData, here: ranks.Ranks) -> tuple[Engine, Progress, list[str]]:

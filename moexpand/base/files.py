@@ -73,6 +73,12 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path} is not valid JSON: {error}.") from None
 
 
+def refuse_existing(target: Path) -> None:
+    """An `InputError` when something stands under the name of a folder that is to be written; an empty folder does not count."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{target} exists already and is not an empty folder; choose another target or remove it.")
+
+
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """Build a folder under a temporary name and publish it as `target` by one rename.
@@ -85,8 +91,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         EnvironmentFailure: the disk is full, read-only, ...
     """
     target = Path(target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{target} exists already and is not an empty folder; choose another target or remove it.")
+    refuse_existing(target)
     building = target.with_name(f".{target.name}{PARTIAL}")
     with disk_errors(f"writing {target}"):
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from moexpand.base.errors import InputError
-from moexpand.base.files import write_atomic
+from moexpand.base.files import refuse_existing, write_atomic
 from moexpand.conf.schema import UpcycleCommand
 from moexpand.console import Console
 from moexpand.upcycle.checkpoint import open_checkpoint
@@ -16,8 +16,7 @@ def run(config: UpcycleCommand) -> None:
     """Plan, say what will be written, write it."""
     console = Console(config.plain)
     source, target = Path(config.source), Path(config.target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{target} exists already and is not an empty folder; choose another target or remove it.")
+    refuse_existing(target)
     if config.workers < 0:
         raise InputError(f"workers={config.workers} is impossible; 0 takes one a core.")
     parent = open_checkpoint(source)

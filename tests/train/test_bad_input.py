@@ -135,3 +135,21 @@ def test_where_logits_cannot_be_written_the_environment_is_at_fault(exported: Pa
     assert str(out) in sentence(
         moexpand("logits", f"checkpoint={exported}", f"tokens={tmp_path / 'tokens.npy'}", f"out={out}"), 3
     )
+
+
+def test_a_damaged_sample_is_named_once_and_stops_the_run_unless_allowed(shards: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "shards"
+    shutil.copytree(shards, damaged)
+    tar = next(damaged.glob("*.tar"))
+    content = bytearray(tar.read_bytes())
+    at = content.index(b"Text 7.")
+    content[at] ^= 1
+    tar.write_bytes(content)
+    few = {"train__steps": 30, "save__every": 0, "launch__processes": 1, "parallel__expert": 1}
+    strict = moexpand(*settings(damaged, tmp_path / "strict", **few))
+    assert strict.returncode == 2, strict.stderr
+    tolerant = moexpand(*settings(damaged, tmp_path / "tolerant", **few, data__max_bad_fraction=0.5))
+    assert tolerant.returncode == 0, tolerant.stderr
+    warnings = [line for line in tolerant.stdout.splitlines() if line.startswith("WARNING: sample")]
+    assert len(warnings) == 1
+    assert "checksum" in warnings[0] or "CRC" in warnings[0], warnings
