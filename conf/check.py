@@ -9,7 +9,7 @@ Legend: TP tensor, CP context, PP pipeline, EP expert, ETP expert-tensor paralle
 from typing import Protocol
 
 from moexpand.base.errors import InputError
-from moexpand.conf.schema import Optim, Parallel, TrainCommand
+from moexpand.conf.schema import CalibrateCommand, Optim, Parallel, TrainCommand
 
 
 class Numbers(Protocol):
@@ -55,6 +55,18 @@ def check_train(config: TrainCommand, model: Numbers, world_size: int) -> None:
         )
 
 
+def check_calibrate(config: CalibrateCommand, model: Numbers, world_size: int) -> None:
+    """Check that the layout fits the model, the ranks and the length of the sequences.
+
+    Raises:
+        InputError: the first combination that cannot work.
+    """
+    check_layout(config.parallel, model, world_size, "processes")
+    _check_sequence("seq_length", config.seq_length, config.parallel)
+    if not model.num_experts:
+        raise InputError(f"{config.checkpoint} has no experts, so there is no routing to calibrate; give a parent with experts.")
+
+
 def check_experts(model: Numbers) -> None:
     """Check that experts and top-k can be split over the groups."""
     experts, top_k, groups = model.num_experts, model.num_experts_per_tok, model.router_n_groups
@@ -66,16 +78,16 @@ def check_experts(model: Numbers) -> None:
         raise InputError(f"num_experts_per_tok={top_k} is larger than num_experts={experts}; choose at most {experts}.")
 
 
-def check_layout(parallel: Parallel, model: Numbers, world_size: int) -> None:
-    """Check a layout against the model and the number of ranks.
+def check_layout(parallel: Parallel, model: Numbers, world_size: int, workers: str = "launch.processes") -> None:
+    """Check a layout against the model and the number of ranks; `workers` is the command's key for that number.
 
     Raises:
         InputError: the ranks or the model cannot be split like that, or the layout is not proven to compute the same.
     """
     _refuse_unproven(parallel)
     tensor, context, pipeline, expert = parallel.tensor, parallel.context, parallel.pipeline, parallel.expert
-    _ranks(world_size, ("tensor", tensor), ("context", context), ("pipeline", pipeline))
-    _ranks(world_size, ("expert_tensor", parallel.expert_tensor), ("expert", expert), ("pipeline", pipeline))
+    _ranks(world_size, workers, ("tensor", tensor), ("context", context), ("pipeline", pipeline))
+    _ranks(world_size, workers, ("expert_tensor", parallel.expert_tensor), ("expert", expert), ("pipeline", pipeline))
     _multiple("num_hidden_layers", model.num_hidden_layers, "parallel.pipeline", pipeline, "every stage holds as many layers")
     _multiple(
         "num_attention_heads",
@@ -139,9 +151,11 @@ def _check_batch(config: TrainCommand, world_size: int) -> None:
             f"train.global_batch={train.global_batch} is not a multiple of train.micro_batch x data-parallel ranks = "
             f"{train.micro_batch} x {replicas} = {wave}; choose {near}."
         )
-    _multiple(
-        "train.seq_length", train.seq_length, "parallel.tensor", parallel.tensor, "sequence parallelism splits the tokens evenly"
-    )
+    _check_sequence("train.seq_length", train.seq_length, parallel)
+
+
+def _check_sequence(key: str, length: int, parallel: Parallel) -> None:
+    _multiple(key, length, "parallel.tensor", parallel.tensor, "sequence parallelism splits the tokens evenly")
 
 
 def _check_schedule(optim: Optim, steps: int) -> None:
@@ -161,7 +175,7 @@ def _multiple(name: str, number: int, of: str, divisor: int, why: str) -> None:
         )
 
 
-def _ranks(world_size: int, *sizes: tuple[str, int]) -> None:
+def _ranks(world_size: int, workers: str, *sizes: tuple[str, int]) -> None:
     product = 1
     for _, size in sizes:
         product *= size
@@ -170,7 +184,7 @@ def _ranks(world_size: int, *sizes: tuple[str, int]) -> None:
         numbers = " x ".join(str(size) for _, size in sizes)
         raise InputError(
             f"{world_size} ranks cannot be split into {names} = {numbers} = {product}; "
-            f"start a multiple of {product} workers (launch.processes on one machine) or choose smaller sizes."
+            f"start a multiple of {product} workers ({workers} on one machine) or choose smaller sizes."
         )
 
 

@@ -25,7 +25,7 @@ from moexpand.conf.schema import COMMANDS
 FOLDER = Path(__file__).resolve().parent
 
 # The groups of each command with the option that holds when none is chosen, in the order in which they are merged. A group
-# with the name of a part fills that part; `expand` and `experiment` may set any key.
+# with the name of a part fills that part; `recipe` and `experiment` may set any key.
 GROUPS: dict[str, dict[str, str | None]] = {
     "train": {
         "model": "quickstart",
@@ -37,7 +37,8 @@ GROUPS: dict[str, dict[str, str | None]] = {
         "track": "offline",
         "experiment": None,
     },
-    "upcycle": {"expand": "512x8_halves_bits"},
+    "upcycle": {"recipe": "512x8"},
+    "calibrate": {"parallel": "single", "precision": "fp32"},
     "logits": {"parallel": "single", "precision": "fp32"},
 }
 

@@ -24,7 +24,19 @@ def part(cls: type, help: str) -> Any:
     return field(default_factory=cls, metadata={"help": help})
 
 
-PLACEMENTS = ("halves_bits", "halves_tile")
+PLACEMENTS = (
+    "quarters_spread",
+    "block_spread",
+    "halves_bits",
+    "halves_tile",
+    "random_balanced",
+    "quarters",
+    "block",
+    "full_copy",
+    "ranked",
+    "usage",
+    "map",
+)
 GRADIENTS = ("topk", "ste")
 DISPATCHERS = ("alltoall", "allgather", "grouped_allgather")
 
@@ -153,6 +165,9 @@ class TrainCommand:
     """Train a checkpoint (or a fresh model) on shards."""
 
     checkpoint: str | None = key(None, "Hugging Face folder to start from; not given: fresh weights of the shape in `model`")
+    expand: str | None = key(
+        None, "plan by which `checkpoint`, a parent, is expanded while it is loaded; no child folder is needed"
+    )
     seed: int = key(0, "seed of fresh weights and of the order of samples", within="[0, 4294967295]")
     engine: str = key("megatron", "training engine", ("megatron",))
     plain: bool = key(False, "plain lines even on a terminal")
@@ -183,12 +198,70 @@ class UpcycleCommand:
     target: str = key(MISSING, "folder to write; must not exist")
     num_experts: int = key(512, "experts of the child's layers", within="[1, inf)")
     num_groups: int = key(8, "groups of the child's router", within="[1, inf)")
-    placement: str = key("halves_bits", "which parent each slot copies", PLACEMENTS)
+    placement: str = key("quarters_spread", "which parent each slot copies", PLACEMENTS)
+    calibration: str | None = key(
+        None, "folder written by `moexpand calibrate`; spreads experts that fire together, predicts step 0"
+    )
+    map: str | None = key(None, "JSON file of slot -> parent, for placement=map: one list, or one for every layer")
+    usage: str | None = key(None, "JSON file of how often each parent is used, for placement=usage: one list, or one a layer")
+    regroup: bool = key(False, "allow as many experts as the parent has: the same experts, routed in groups")
+    init: str = key("copy", "copy, or drop: re-initialise a part of every copy's inner units (Drop-Upcycling)", ("copy", "drop"))
+    drop_fraction: float = key(0.5, "part of the inner units that init=drop draws anew", within="(0, 1]")
+    drop_shared: bool = key(True, "init=drop takes the same units in gate, up and down; false: units of their own in each")
+    keep_first: bool = key(True, "the first copy of every parent stays exact, without noise or drop")
+    router_noise: float | None = key(
+        None,
+        "noise on router rows, relative to the RMS of the row; not given: 0.05 for the _spread placements, 0 otherwise",
+        within="[0, inf)",
+    )
+    expert_noise: float = key(0.0, "noise on expert matrices, relative to the RMS of the matrix", within="[0, inf)")
+    router_dtype: str = key(
+        "same", "same as the parent's, or float32 (for noise that the parent's dtype would swallow)", ("same", "float32")
+    )
     seed: int = key(0, "seed of the recipe's random parts", within="[0, 4294967295]")
+    experts_layout: str = key(
+        "same",
+        "tensors of the experts: same as the parent's, split (one an expert) or fused (stacked)",
+        ("same", "split", "fused"),
+    )
+    tokenizer: str | None = key(None, "folder of the child's tokenizer, when its vocabulary differs from the parent's")
+    vocab_size: int | None = key(None, "rows of the child's embedding and head; not given: the parent's", within="[1, inf)")
+    vocab_map: str | None = key(
+        None, "JSON file with the parent's token id (or null) of every id of the child, instead of two tokenizers"
+    )
     max_shard_size: str = key("5GB", "largest output file")
-    workers: int = key(0, "copying threads; 0 takes one a core", within="[0, inf)")
+    workers: int = key(0, "copying threads; 0 takes two a core, at most 16", within="[0, inf)")
+    reflink: str = key(
+        "auto", "auto lets equal copies share blocks where the file system can; never writes each", ("auto", "never")
+    )
+    resume: bool = key(False, "go on with an unfinished expansion of the same parameters, or help another host with it")
     dry_run: bool = key(False, "check everything and print the plan without writing")
+    plan: str | None = key(None, "plan to follow, written by plan_out; it sets everything that shapes the child")
     plan_out: str | None = key(None, "write the plan to this JSON file")
+    plain: bool = key(False, "plain lines even on a terminal")
+    debug: bool = key(False, "print tracebacks")
+
+
+@dataclass
+class CalibrateData:
+    shards: str = key(MISSING, "folder written by `moexpand data build`")
+    tokenizer: str | None = key(None, "qwen, qwen-8192 or a Hugging Face folder; not given: the one the shards were indexed with")
+
+
+@dataclass
+class CalibrateCommand:
+    """Run a parent over shards and write how it routes."""
+
+    checkpoint: str = key(MISSING, "parent's Hugging Face folder")
+    out: str = key(MISSING, "calibration folder to write; must not exist")
+    tokens: int = key(262_144, "tokens to route; whole sequences, so a few less or more", within="[1, inf)")
+    seq_length: int = key(1024, "tokens of a packed sequence", within="[2, inf)")
+    sample: int = key(2048, "tokens whose router logits are kept, for predictions", within="[1, inf)")
+    seed: int = key(0, "seed of the order of samples", within="[0, 4294967295]")
+    processes: int = key(1, "workers on this machine", within="[1, inf)")
+    data: CalibrateData = part(CalibrateData, "shards")
+    parallel: Parallel = part(Parallel, "layout over ranks")
+    precision: Precision = part(Precision, "number formats")
     plain: bool = key(False, "plain lines even on a terminal")
     debug: bool = key(False, "print tracebacks")
 
@@ -199,6 +272,7 @@ class VerifyCommand:
 
     source: str = key(MISSING, "parent's folder")
     target: str = key(MISSING, "child's folder")
+    workers: int = key(0, "comparing threads; 0 takes two a core, at most 16", within="[0, inf)")
     plain: bool = key(False, "plain lines even on a terminal")
     debug: bool = key(False, "print tracebacks")
 
@@ -208,6 +282,16 @@ class CountCommand:
     """Count parameters by part, in all and active per token."""
 
     model: str = key(MISSING, "a checkpoint folder, a config.json or a preset's name")
+    format: str = key("table", "table or json", ("table", "json"))
+    debug: bool = key(False, "print tracebacks")
+
+
+@dataclass
+class DiffCommand:
+    """Show two models' configs and derived sizes side by side."""
+
+    left: str = key(MISSING, "a checkpoint folder, a config.json or a preset's name")
+    right: str = key(MISSING, "a checkpoint folder, a config.json or a preset's name")
     format: str = key("table", "table or json", ("table", "json"))
     debug: bool = key(False, "print tracebacks")
 
@@ -280,8 +364,10 @@ class DataInspectCommand:
 COMMANDS: dict[str, type] = {
     "train": TrainCommand,
     "upcycle": UpcycleCommand,
+    "calibrate": CalibrateCommand,
     "verify": VerifyCommand,
     "count": CountCommand,
+    "diff": DiffCommand,
     "export": ExportCommand,
     "logits": LogitsCommand,
     "data build": DataBuildCommand,

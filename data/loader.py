@@ -119,6 +119,11 @@ class PackedData:
         """Packs of epoch 0; other epochs may have a few more or less."""
         return len(self._plan(0))
 
+    def loss_tokens(self) -> np.ndarray:
+        """int64 [packs of epoch 0]: the tokens of each that `loss_mask` keeps, as long as every sample can be read."""
+        plan = self._plan(0)
+        return np.add.reduceat(plan.length - 1, plan.first[:-1])
+
     @property
     def bad_samples(self) -> dict[str, str]:
         """Keys of the unreadable samples met so far, each with what is wrong."""

@@ -1,7 +1,8 @@
 """`make quickstart`: the whole way on one small machine, stage by stage, through the same commands that a cluster run uses.
 
-    pdfs -> shards -> parent (128 experts, trained) -> child (512 experts in 8 groups) -> verified -> trained on two ranks,
-    stopped and resumed once -> exported, its step 0 checked by transformers; beside it the parent continued on the same tokens.
+    pdfs -> shards -> parent (128 experts, trained) -> calibration -> child (512 experts in 8 groups) -> verified ->
+    trained on two ranks, stopped and resumed once -> exported, its step 0 checked by transformers; beside it the parent
+    continued on the same tokens.
 
 `python -m moexpand.launch.quickstart [folder=quickstart] [stage=NAME]` runs every stage that is not done yet, or one alone.
 A stage is done when its output is there; remove the output to run it again.
@@ -49,9 +50,16 @@ def parent(paths: Paths) -> None:
     _moexpand("export", f"run={paths.parent_run}", f"target={paths.parent}")
 
 
+def calibration(paths: Paths) -> None:
+    """Count which experts of the parent fire together, and keep router logits for the prediction of step 0."""
+    words = (f"checkpoint={paths.parent}", f"data.shards={paths.shards}", f"out={paths.calibration}")
+    _moexpand("calibrate", *words, "tokens=65536", "seq_length=512")
+
+
 def child(paths: Paths) -> None:
-    """Expand the parent, 128 -> 512 experts in 8 groups."""
-    _moexpand("upcycle", f"source={paths.parent}", f"target={paths.child}", "num_experts=512", "num_groups=8")
+    """Expand the parent, 128 -> 512 experts in 8 groups, those that fire together in different groups."""
+    words = (f"source={paths.parent}", f"target={paths.child}", f"calibration={paths.calibration}")
+    _moexpand("upcycle", *words, "num_experts=512", "num_groups=8", f"plan_out={paths.folder / 'plan.json'}")
     _moexpand("count", f"model={paths.child}")
 
 
@@ -85,7 +93,7 @@ def continued(paths: Paths) -> None:
 
 
 STAGES: dict[str, Callable[[Paths], None]] = {
-    stage.__name__: stage for stage in (pdfs, shards, parent, child, verified, trained, checked, continued)
+    stage.__name__: stage for stage in (pdfs, shards, parent, calibration, child, verified, trained, checked, continued)
 }
 
 

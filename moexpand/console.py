@@ -23,9 +23,9 @@ class Console:
         print(text, file=self.stream, flush=True)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]], title: str = "") -> None:
-        """Write a table; columns that hold only numbers are aligned to the right."""
+        """Write a table; a cell of None is blank, and columns that hold only numbers are aligned to the right."""
         texts = [[_text(cell) for cell in row] for row in rows]
-        right = [bool(rows) and all(isinstance(row[i], int | float) for row in rows) for i in range(len(columns))]
+        right = [bool(rows) and all(isinstance(row[i], int | float | None) for row in rows) for i in range(len(columns))]
         if self.rich:
             self._rich_table(columns, texts, right, title)
             return
@@ -74,4 +74,6 @@ class Console:
 
 
 def _text(cell: object) -> str:
+    if cell is None:
+        return ""
     return f"{cell:,}" if isinstance(cell, int) and not isinstance(cell, bool) else str(cell)

@@ -3,7 +3,7 @@
 Everything that the trainer needs of Megatron-Core goes through this class.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -54,9 +54,9 @@ class Engine:
         self.wrapped: Any = None
         self.optimizer: Any = None
 
-    def fill(self, read: weights.Reader) -> set[str]:
-        """Load weights by Hugging Face name; returns the names that this rank read."""
-        return weights.fill(self.model, self.shape, read)
+    def fill(self, read: weights.Reader, order: weights.Order = weights.as_they_lie) -> set[str]:
+        """Load weights by Hugging Face name, in this order; returns the names that this rank read."""
+        return weights.fill(self.model, self.shape, read, order)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The weights by Hugging Face name (see `weights.collect`)."""
@@ -115,6 +115,51 @@ class Engine:
             if self.ranks.last_stage:
                 outputs.append(_gather_columns(stored[0].flatten(0, 1)))
         return outputs
+
+    @property
+    def routed_layers(self) -> list[int]:
+        """Decoder layers of this rank's stage that have a router."""
+        return [router.layer_number - 1 for router in self._routers()]
+
+    def observe_routing(
+        self, batches: Sequence[PackedBatch], tell: Callable[[int, int, torch.Tensor, torch.Tensor], None]
+    ) -> None:
+        """Forward passes without the head that tell how every router of this rank routes.
+
+        Args:
+            batches: of equal length, equally many on every data-parallel rank.
+            tell: called with the batch's number in `batches`, the decoder layer, logits [T', E] in fp32 and chosen experts
+                int64 [T', K]. Under tensor parallelism T' counts the tokens of this rank's part of the batch (one of TP equal
+                parts in order of the tensor ranks); otherwise it is the whole batch.
+        """
+        self.model.eval()
+        number = -1
+
+        def forward_step(iterator: Iterator[PackedBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+            nonlocal number
+            number += 1
+            return self._forward(iterator, model)[0], lambda output, non_loss_data: None
+
+        # Megatron-Core leaves out the head of a stage that is not said to be the last.
+        self.model.post_process = False
+        for router in self._routers():
+            router.observer = lambda layer, logits_TE, chosen_TK: tell(number, layer, logits_TE, chosen_TK)
+        try:
+            with torch.no_grad():
+                get_forward_backward_func()(
+                    forward_step_func=forward_step,
+                    data_iterator=iter(batches),
+                    model=[self.model],
+                    num_microbatches=len(batches),
+                    seq_length=batches[0].tokens.numel(),
+                    micro_batch_size=1,
+                    forward_only=True,
+                    collect_non_loss_data=True,
+                )
+        finally:
+            self.model.post_process = self.ranks.last_stage
+            for router in self._routers():
+                router.observer = None
 
     def _routers(self) -> Iterator[GroupedRouter]:
         return (layer.mlp.router for layer in self.model.decoder.layers)

@@ -107,6 +107,12 @@ def broadcast(value: Any) -> Any:
     return values[0]
 
 
+def add_up(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over all ranks, in place, on every rank."""
+    dist.all_reduce(tensor)
+    return tensor
+
+
 def barrier() -> None:
     """Wait until every rank is here."""
     dist.barrier()

@@ -3,6 +3,7 @@
 Legend: T tokens of this rank, E experts, K chosen, H hidden.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,6 +40,8 @@ class GroupedRouter(Router):
         self.renormalise = renormalise
         self.rules = rules
         self.compact = False
+        self.observer: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None
+        """Outside training it is told the decoder layer, logits [T, E] and chosen experts [T, K]."""
         self.register_buffer("dispatched", torch.zeros(config.num_moe_experts, dtype=torch.float64), persistent=False)
         self.register_buffer("losses", torch.zeros(2, dtype=torch.float64), persistent=False)
 
@@ -51,6 +54,8 @@ class GroupedRouter(Router):
         if self.training and torch.is_grad_enabled():
             unmasked = logits.shape[0] if padding_mask is None else (~padding_mask).sum()
             weights_TK = self._with_auxiliary_losses(weights_TK, chosen_TK, probabilities_TE, logits, unmasked)
+        if self.observer is not None and not self.training:
+            self.observer(self.layer_number - 1, logits, chosen_TK)
         if self.compact:
             return weights_TK, chosen_TK
         dense_TE = torch.zeros_like(probabilities_TE).scatter(1, chosen_TK, weights_TK)

@@ -18,6 +18,9 @@ from moexpand.parallel.shape import ModelShape
 Reader = Callable[[str, slice | None], torch.Tensor]
 """Returns the tensor of that name, or those of its rows alone."""
 
+Order = Callable[[str], tuple[int, ...]]
+"""Key of a name to sort by, stably."""
+
 View = Callable[[torch.nn.Parameter], torch.Tensor]
 """What of a parameter is meant: its values, its gradient, ..."""
 
@@ -38,6 +41,11 @@ class Part:
     local: torch.Tensor
     rows: slice | None = None
     columns: slice | None = None
+
+
+def as_they_lie(name: str) -> tuple[int, ...]:
+    """The order of the model."""
+    return ()
 
 
 def values(parameter: torch.nn.Parameter) -> torch.Tensor:
@@ -94,14 +102,17 @@ def _expert_parts(moe: Any, shape: ModelShape, prefix: str, view: View) -> Itera
         yield Part(f"{prefix}.{expert}.down_proj.weight", (hidden, inner), down[local])
 
 
-def fill(model: GPTModel, shape: ModelShape, read: Reader) -> set[str]:
+def fill(model: GPTModel, shape: ModelShape, read: Reader, order: Order = as_they_lie) -> set[str]:
     """Copy a checkpoint into this rank's parameters; each rank reads what it owns and no more.
+
+    Args:
+        order: in which tensors are read, by their names.
 
     Returns:
         The names that were read, for the caller to check that no tensor of the checkpoint was passed over.
     """
     names = set()
-    for part in parts(model, shape):
+    for part in sorted(parts(model, shape), key=lambda part: order(part.name)):
         tensor = read(part.name, part.rows)
         part.local.copy_(tensor if part.columns is None else tensor[:, part.columns])
         names.add(part.name)

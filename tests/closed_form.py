@@ -1,13 +1,14 @@
 """What a child computes before training, in float64 numpy from its parent's tensors alone.
 
 The formulas are those of the expansion: with the parents C_g visible in group g, the group picks e_g = argmax over C_g of the
-parent's logits z, and y = sum_g beta_g f_{e_g} with beta = softmax(z_{e_0}, ..., z_{e_{G-1}}).
+parent's logits z, and y = sum_g beta_g f_{e_g} with beta = softmax(z_{e_0}, ..., z_{e_{G-1}}). With several picks a group, they
+are its K / G best slots, of equal ones the lowest.
 
-Legend: T tokens, H hidden, D head_dim.
+Legend: T tokens, H hidden, D head_dim, E parents, S slots.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 
 Weights = dict[str, np.ndarray]
 Pick = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
-"""From a token's parent logits [E] to the experts picked and their weights."""
+"""From a token's router logits to the parent's experts that are picked and their weights; an expert may come several times."""
 
 
 def weights_of(folder: Path) -> Weights:
@@ -40,13 +41,34 @@ def groups_of(placement: str, experts: int = 128) -> list[list[int]]:
     return [[e for e in range(experts) if (e >> bit & 1) == side] for bit in range(4) for side in (0, 1)]
 
 
-def grouped_pick(placement: str) -> Pick:
-    """The closed form of a child."""
-    groups = groups_of(placement)
+def grouped_pick(placement: str | Sequence[int], groups: int = 8, top_k: int = 8) -> Pick:
+    """The closed form of a child of copies, from the parent's logits [E].
+
+    Args:
+        placement: `halves_tile` or `halves_bits`, or the parent of every slot.
+        groups, top_k: of the child, when slots are given.
+    """
+    if not isinstance(placement, str):
+        return lambda logits: slot_pick(placement, groups, top_k)(logits[list(placement)])
+    members = groups_of(placement)
 
     def pick(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        chosen = np.array([max(group, key=lambda expert: logits[expert]) for group in groups])
+        chosen = np.array([max(group, key=lambda expert: logits[expert]) for group in members])
         return chosen, softmax(logits[chosen])
+
+    return pick
+
+
+def slot_pick(slot_to_parent: Sequence[int], groups: int, top_k: int) -> Pick:
+    """The same from the logits [S] of the child's own router rows, which may differ from their parents'."""
+    size = len(slot_to_parent) // groups
+
+    def pick(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        slots: list[int] = []
+        for group in range(groups):
+            own = range(group * size, (group + 1) * size)
+            slots += sorted(own, key=lambda slot: (-logits[slot], slot))[: top_k // groups]
+        return np.array([slot_to_parent[slot] for slot in slots]), softmax(logits[slots])
 
     return pick
 
@@ -68,8 +90,10 @@ def expert(weights: Weights, prefix: str, x_H: np.ndarray) -> np.ndarray:
 
 
 def moe(weights: Weights, layer: int, x_TH: np.ndarray, pick: Pick) -> np.ndarray:
-    """A Mixture-of-Experts layer of the parent with another rule of choice, token by token."""
+    """A Mixture-of-Experts layer of the parent with another rule of choice, token by token; a dense layer is one expert."""
     prefix = f"model.layers.{layer}.mlp"
+    if f"{prefix}.gate.weight" not in weights:
+        return np.stack([expert(weights, prefix, x_H) for x_H in x_TH])
     out = np.zeros_like(x_TH)
     for token, x_H in enumerate(x_TH):
         for chosen, weight in zip(*pick(weights[f"{prefix}.gate.weight"] @ x_H), strict=True):
@@ -104,11 +128,12 @@ def _attention(weights: Weights, config: dict, layer: int, x_TH: np.ndarray) -> 
     return np.concatenate(outs, -1) @ weights[f"{prefix}.o_proj.weight"].T
 
 
-def logits(folder: Path, tokens: np.ndarray, pick: Pick, weights: Weights | None = None) -> np.ndarray:
+def logits(folder: Path, tokens: np.ndarray, pick: Pick | Sequence[Pick], weights: Weights | None = None) -> np.ndarray:
     """Logits [B, S, V] of a hub-form Qwen3-MoE folder whose experts are chosen by `pick`.
 
     Args:
         tokens: [B, S].
+        pick: one for all layers, or one for each.
         weights: other weights than the folder's.
     """
     weights, config = weights or weights_of(folder), json.loads((folder / "config.json").read_text())
@@ -118,7 +143,8 @@ def logits(folder: Path, tokens: np.ndarray, pick: Pick, weights: Weights | None
         for layer in range(config["num_hidden_layers"]):
             prefix = f"model.layers.{layer}"
             x_TH = x_TH + _attention(weights, config, layer, _norm(x_TH, weights[f"{prefix}.input_layernorm.weight"], eps))
-            x_TH = x_TH + moe(weights, layer, _norm(x_TH, weights[f"{prefix}.post_attention_layernorm.weight"], eps), pick)
+            own = pick if callable(pick) else pick[layer]
+            x_TH = x_TH + moe(weights, layer, _norm(x_TH, weights[f"{prefix}.post_attention_layernorm.weight"], eps), own)
         head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
         rows.append(_norm(x_TH, weights["model.norm.weight"], eps) @ head.T)
     return np.stack(rows)

@@ -35,6 +35,7 @@ def make_parent(
     max_shard_size: str = "2MB",
     norm_topk_prob: bool = True,
     hub_form: bool = True,
+    **more: Any,
 ) -> Path:
     """Write a random parent with `save_pretrained` and return its folder.
 
@@ -44,6 +45,7 @@ def make_parent(
     Args:
         hub_form: config.json as on the hub (`num_experts`, `rope_theta`, `torch_dtype`); otherwise as transformers 5 writes it
             (`num_local_experts`, `rope_parameters`, `dtype`).
+        more: other keys of the config, `mlp_only_layers`.
     """
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -66,6 +68,7 @@ def make_parent(
         max_window_layers=layers,
         bos_token_id=0,
         eos_token_id=1,
+        **more,
     )
     model = Qwen3MoeForCausalLM(config)
     generator = torch.Generator().manual_seed(seed)
@@ -102,13 +105,15 @@ def make_child(
     num_groups: int = 8,
     max_shard_size: str = "5MB",
     workers: int = 2,
+    **wishes: Any,
 ) -> Path:
-    """Expand `parent` into `folder` with the project's own writer and return the folder."""
+    """Expand `parent` into `folder` with the project's own writer and return the folder; see `Wishes` for the other words."""
     from moexpand.upcycle.checkpoint import open_checkpoint
-    from moexpand.upcycle.plan import make_plan
+    from moexpand.upcycle.planner import Wishes, make_plan
+    from moexpand.upcycle.recipe import Recipe
     from moexpand.upcycle.writer import expand
 
     opened = open_checkpoint(parent)
-    plan = make_plan(opened, num_experts=num_experts, num_groups=num_groups, placement=placement)
-    expand(opened, plan, Path(folder), max_shard_size=max_shard_size, workers=workers)
+    plan = make_plan(opened, Wishes(num_experts=num_experts, num_groups=num_groups, placement=placement, **wishes))
+    expand(Recipe(opened, plan), Path(folder), max_shard_size=max_shard_size, workers=workers)
     return Path(folder)

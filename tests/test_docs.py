@@ -75,13 +75,13 @@ def test_command_lines_are_found_and_a_wrong_one_would_fail() -> None:
 def test_the_cluster_example_fits_its_own_number_of_ranks() -> None:
     """The README's torchrun line, with the shape of the model that it names."""
     from moexpand.conf.check import check_train
-    from moexpand.upcycle.presets import PRESETS
+    from moexpand.upcycle.models import find_model
 
     (line,) = (line for line in command_lines(ROOT / "README.md") if WORKER in line)
     ranks = 1
     for option in ("nnodes", "nproc-per-node"):
         ranks *= int(re.findall(rf"--{option}=(\d+)", line)[0])
-    check_train(compose_line(words_of(line)), PRESETS["Qwen3-30B-A3B-x4"], ranks)
+    check_train(compose_line(words_of(line)), find_model("Qwen3-30B-A3B-x4").architecture, ranks)
 
 
 @each_page()

@@ -11,16 +11,17 @@ class Display:
         main: this is rank 0.
         plain: no progress bar even on a terminal.
         start, steps: steps done and steps in all.
+        label: what the bar shows.
     """
 
-    def __init__(self, main: bool, plain: bool, start: int = 0, steps: int = 0) -> None:
+    def __init__(self, main: bool, plain: bool, start: int = 0, steps: int = 0, label: str = "training") -> None:
         self._main = main
         self._bar: Any = None
         if main and not plain and sys.stdout.isatty():
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             self._bar = Progress(
-                TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
+                TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
             )
             self._task = self._bar.add_task("", total=steps, completed=start)
             self._bar.start()

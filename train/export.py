@@ -13,6 +13,7 @@ from moexpand.conf.schema import ExportCommand, TrainCommand
 from moexpand.train import checkpoints, preflight
 from moexpand.train.preflight import Source
 from moexpand.upcycle.config_json import Config, architecture_config, lmdeploy_config
+from moexpand.upcycle.layout import copy_side_files
 
 MISREAD_BY = "transformers, vLLM and SGLang, which run it as plain top-k without a word"
 
@@ -37,8 +38,10 @@ def export(command: ExportCommand, say: Callable[[str], None]) -> None:
     if command.format == "lmdeploy" and source.architecture.router_n_groups == 1:
         raise InputError("format=lmdeploy is for grouped models and this run's router has one group; give format=native.")
     with tempfile.TemporaryDirectory() as scratch:
-        side_files = Path(scratch) if source.checkpoint is None else source.checkpoint.folder
-        if source.checkpoint is None:
+        side_files = Path(scratch)
+        if source.checkpoint is not None:
+            copy_side_files(source.checkpoint.folder, source.checkpoint.side_files, side_files)
+        if source.checkpoint is None or source.new_vocabulary:
             preflight.open_data(config).tokenizer.save(side_files)
         _write(config, source, folder, command, target, side_files)
     say(f"wrote {folder} to {target}")

@@ -17,6 +17,7 @@ from moexpand.conf.schema import LogitsCommand
 from moexpand.train.preflight import open_supported
 from moexpand.train.worker import work
 from moexpand.upcycle.checkpoint import Checkpoint
+from moexpand.upcycle.logical import StoredWeights
 
 
 def check(config: LogitsCommand, world_size: int) -> tuple[Checkpoint, np.ndarray]:
@@ -26,7 +27,7 @@ def check(config: LogitsCommand, world_size: int) -> tuple[Checkpoint, np.ndarra
         The checkpoint and the tokens, int64 [B, S].
     """
     checkpoint = open_supported(config.checkpoint)
-    check_layout(config.parallel, checkpoint.architecture, world_size)
+    check_layout(config.parallel, checkpoint.architecture, world_size, "processes")
     tokens = _read_tokens(Path(config.tokens), checkpoint.architecture.vocab_size)
     if tokens.shape[1] % config.parallel.tensor:
         raise InputError(
@@ -65,7 +66,7 @@ def run_worker(config: LogitsCommand) -> None:
     layout = layout_of(config.parallel)
     here = ranks.start(layout, config.parallel.timeout_seconds)
     engine = Engine(shape_of(checkpoint.architecture), layout, RouterRules(), config.precision.name, here)
-    weights.load(engine, checkpoint)
+    weights.load(engine, StoredWeights(checkpoint))
     batches = [PackedBatch.from_sequences(torch.from_numpy(row[None]).to(cpu.device())) for row in tokens]
     outputs = engine.logits(batches)
     if outputs and here.data_rank == 0 and here.tensor_rank == 0:

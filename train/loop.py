@@ -95,6 +95,7 @@ def _start(config: TrainCommand, source: Source, data: PackedData, here: ranks.R
     engine = setup.build_engine(config, source, here)
     if folder is None:
         setup.fill(engine, source, config.seed)
+        notes += setup.rounded_routers(config, source)
         engine.prepare_training(setup.adam_of(config.optim))
         return engine, Progress(0, 0, fixed, noted, ranks.broadcast(checkpoints.new_identity())), notes
     progress = checkpoints.read_progress(folder)

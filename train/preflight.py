@@ -9,21 +9,37 @@ from moexpand.conf.schema import TrainCommand
 from moexpand.data.loader import PackedData
 from moexpand.upcycle.architecture import Architecture
 from moexpand.upcycle.checkpoint import Checkpoint, open_checkpoint
+from moexpand.upcycle.logical import ExpandedWeights, StoredWeights, Weights, unsupported
+from moexpand.upcycle.plan import Plan, read_plan
+from moexpand.upcycle.recipe import Recipe
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where the weights come from: a checkpoint, or fresh ones of an architecture."""
+    """Where the weights come from: a checkpoint, a parent expanded while it is loaded, or fresh ones of an architecture."""
 
     architecture: Architecture
-    checkpoint: Checkpoint | None
+    checkpoint: Weights | None
+    plan: Plan | None = None
+    """By which a parent is expanded while it is loaded."""
+
+    @property
+    def new_vocabulary(self) -> bool:
+        """Whether the model has another vocabulary than the folder that its weights come from."""
+        return self.plan is not None and self.plan.vocabulary is not None
 
 
 def source_of(config: TrainCommand) -> Source:
     """Read the architecture from the checkpoint's headers, or from `model`; an `InputError` says what is wrong with either."""
     if config.checkpoint is not None:
         checkpoint = open_supported(config.checkpoint)
-        return Source(checkpoint.architecture, checkpoint)
+        if config.expand is None:
+            return Source(checkpoint.architecture, StoredWeights(checkpoint))
+        plan = read_plan(Path(config.expand))
+        expanded = ExpandedWeights(Recipe(checkpoint, plan, config.expand))
+        return Source(expanded.architecture, expanded, plan)
+    if config.expand is not None:
+        raise InputError(f"expand={config.expand} is the plan for a parent; give its folder as checkpoint=FOLDER.")
     model_type = "qwen3_moe_grouped" if config.model.router_n_groups > 1 else "qwen3_moe"
     sizes = {field.name: getattr(config.model, field.name) for field in fields(config.model)}
     return Source(Architecture(model_type=model_type, **sizes), None)
@@ -32,13 +48,9 @@ def source_of(config: TrainCommand) -> Source:
 def open_supported(folder: str) -> Checkpoint:
     """Open a checkpoint and refuse what the engine does not compute."""
     checkpoint = open_checkpoint(Path(folder))
-    architecture = checkpoint.architecture
-    if architecture.rope_type != "default":
-        raise InputError(
-            f"{folder} has rope_type={architecture.rope_type}; the engine computes plain rotary embedding (default) alone."
-        )
-    if architecture.sliding_window is not None:
-        raise InputError(f"{folder} has sliding_window={architecture.sliding_window}; the engine computes full attention alone.")
+    lacking = unsupported(checkpoint)
+    if lacking:
+        raise InputError(f"{folder} has {lacking}.")
     return checkpoint
 
 
@@ -60,9 +72,14 @@ def check(config: TrainCommand, world_size: int) -> tuple[Source, PackedData]:
     source = source_of(config)
     check_train(config, source.architecture, world_size)
     data = open_data(config)
-    if data.vocab_size > source.architecture.vocab_size:
-        raise InputError(
-            f"The tokenizer of {config.data.shards} has {data.vocab_size:,} tokens and the model "
-            f"{source.architecture.vocab_size:,}; build the shards with the model's own tokenizer."
-        )
+    check_vocabulary(data, config.data.shards, source.architecture)
     return source, data
+
+
+def check_vocabulary(data: PackedData, shards: str, architecture: Architecture) -> None:
+    """Refuse shards whose token ids the model may not have."""
+    if data.vocab_size > architecture.vocab_size:
+        raise InputError(
+            f"The tokenizer of {shards} has {data.vocab_size:,} tokens and the model "
+            f"{architecture.vocab_size:,}; build the shards with the model's own tokenizer."
+        )

@@ -47,6 +47,11 @@ def compare(run: Path) -> str:
     """
     config: TrainCommand = from_yaml(run / "config.yaml", "train")
     rows = [row for row in read_rows(run / EVALUATIONS) if row["step"] == 0]
+    if config.expand is not None:
+        raise InputError(
+            f"{run} expanded its parent while it was loaded, and transformers needs a folder: write the child with "
+            f"moexpand upcycle plan={config.expand} and compare a run that starts from it."
+        )
     if not rows or config.checkpoint is None:
         raise InputError(f"{run} holds no evaluation of a checkpoint at step 0; train with checkpoint=... and evaluate.every.")
     ours = rows[0]["held_out_loss"]

@@ -11,17 +11,17 @@ from moexpand.parallel import ranks
 from moexpand.parallel.engine import Engine
 from moexpand.parallel.weights import Reader
 from moexpand.upcycle.architecture import Architecture
-from moexpand.upcycle.checkpoint import Checkpoint
-from moexpand.upcycle.families import expected_tensors
 from moexpand.upcycle.folder import write_checkpoint
+from moexpand.upcycle.logical import Weights
+from moexpand.upcycle.tensors import expected_tensors
 
 
-def load(engine: Engine, checkpoint: Checkpoint) -> None:
-    """Fill the engine from a folder; every rank reads what it owns, and all together must have read every tensor."""
-    read = set().union(*ranks.gather(engine.fill(checkpoint.read_torch)))
-    for name in checkpoint.tensors:
+def load(engine: Engine, weights: Weights) -> None:
+    """Fill the engine; every rank reads what it owns, and all together must have read every tensor."""
+    read = set().union(*ranks.gather(engine.fill(weights.read_torch, weights.order)))
+    for name in weights.names:
         if name not in read:
-            raise InputError(f"{checkpoint.info(name).file} holds {name}, which the engine has no place for.")
+            raise InputError(f"{weights.folder} holds {name}, which the engine has no place for.")
 
 
 def fresh(architecture: Architecture, seed: int) -> Reader:

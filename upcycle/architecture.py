@@ -7,7 +7,7 @@ from moexpand.base.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """What the tensors' shapes and the forward pass follow from."""
+    """What the decoder's shapes and its forward pass follow from."""
 
     model_type: str = "qwen3_moe"
     vocab_size: int
@@ -20,6 +20,12 @@ class Architecture:
     num_experts_per_tok: int
     router_n_groups: int = 1
     moe_intermediate_size: int
+    intermediate_size: int = 0
+    """Width of the layers without experts; matters only where there are any."""
+    decoder_sparse_step: int = 1
+    """Every so many-th layer has experts ..."""
+    mlp_only_layers: tuple[int, ...] = ()
+    """... but these."""
     norm_topk_prob: bool = True
     rope_theta: float = 1e6
     rope_type: str = "default"
@@ -32,6 +38,15 @@ class Architecture:
     initializer_range: float = 0.02
     dtype: str = "float32"
     """Name of the torch dtype that the weights are meant for."""
+
+    @property
+    def moe_layers(self) -> list[int]:
+        """Numbers of the layers that have experts, by transformers' rule for Qwen3-MoE."""
+        return [
+            layer
+            for layer in range(self.num_hidden_layers)
+            if layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
+        ]
 
 
 def check_architecture(arch: Architecture, where: str) -> None:
@@ -48,3 +63,7 @@ def check_architecture(arch: Architecture, where: str) -> None:
         )
     if arch.num_experts_per_tok > arch.num_experts:
         raise InputError(f"{where}: top-{arch.num_experts_per_tok} of {arch.num_experts} experts is impossible.")
+    if not arch.moe_layers:
+        raise InputError(f"{where}: mlp_only_layers and decoder_sparse_step leave no layer with experts.")
+    if len(arch.moe_layers) < arch.num_hidden_layers and not arch.intermediate_size:
+        raise InputError(f"{where} has layers without experts and no intermediate_size, which is their width.")

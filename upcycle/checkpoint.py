@@ -1,20 +1,25 @@
 """A Hugging Face checkpoint folder, opened by its headers alone: config, tensors by name, side files."""
 
+import hashlib
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
 import numpy as np
 
 from moexpand.base.errors import EnvironmentFailure, InputError
 from moexpand.base.files import disk_errors, read_json
 from moexpand.upcycle.architecture import Architecture
-from moexpand.upcycle.config_json import Config, read_architecture
-from moexpand.upcycle.families import expected_tensors
-from moexpand.upcycle.safetensors_file import CODES, TensorInfo, read_header
+from moexpand.upcycle.config_json import read_architecture
+from moexpand.upcycle.families import family_of
+from moexpand.upcycle.family import EXPERT, FUSED, SCALE, SPLIT, STACKS, Config, Family, stack_of, with_scales
+from moexpand.upcycle.safetensors_file import CODES, Shape, TensorInfo, read_header
+from moexpand.upcycle.tensors import stored_tensors, unit_shape
 
 if TYPE_CHECKING:
     import torch
@@ -26,12 +31,16 @@ EXPANSION = "expansion.json"
 OWN_FILES = (CONFIG, INDEX, EXPANSION)
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 
-NUMPY = {
+NUMPY: dict[str, Any] = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "U16": "uint16", "I32": "int32", "U32": "uint32",
-    "I64": "int64", "U64": "uint64", "F16": "float16", "F32": "float32", "F64": "float64",
-    "BF16": "uint16", "F8_E4M3": "uint8", "F8_E5M2": "uint8", "F8_E8M0": "uint8",
+    "I64": "int64", "U64": "uint64", "F16": "float16", "F32": "float32", "F64": "float64", "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2, "F8_E8M0": ml_dtypes.float8_e8m0fnu,
 }  # fmt: skip
-"""numpy dtypes of header dtypes; formats that numpy lacks come as their bit patterns."""
+"""numpy dtypes of header dtypes."""
+
+FLOATS = ("F64", "F32", "BF16", "F16")
+FP8 = "F8_E4M3"
+SCALES = ("F32", "BF16", "F8_E8M0")
 
 
 @dataclass(frozen=True)
@@ -49,8 +58,68 @@ class Checkpoint:
 
     @cached_property
     def architecture(self) -> Architecture:
-        """Shape of the model, from config.json."""
+        """Shape of the decoder, from config.json."""
         return read_architecture(self.config, str(self.folder / CONFIG))
+
+    @property
+    def family(self) -> Family:
+        """Names and shapes of its kind."""
+        return family_of(self.architecture.model_type)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What tells one parent from another without reading its matrices.
+
+        SHA-256 over config.json, every tensor's name, dtype and shape, and the bytes of all vectors (the norms, which differ
+        between any two training runs).
+        """
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for name, info in sorted(self.tensors.items()):
+            digest.update(f"{name} {info.dtype} {list(info.shape)}\n".encode())
+            if len(info.shape) == 1:
+                digest.update(self.read_bytes(name))
+        return f"sha256:{digest.hexdigest()}"
+
+    @cached_property
+    def experts_layout(self) -> str:
+        """How the experts are stored, `SPLIT` or `FUSED`."""
+        fused = (self.family.stack_name(layer, stack) for layer in self.architecture.moe_layers for stack in STACKS)
+        return FUSED if any(name in self.tensors for name in fused) else SPLIT
+
+    @cached_property
+    def transposed(self) -> bool:
+        """Whether its stacks are [E, in, out]: as on the hub for Qwen3-VL; transformers 5 saves the same model as [E, out, in].
+
+        The stack of gate and up tells unless 2 I = H, and then that of down does.
+        """
+        if self.experts_layout != FUSED or not self.family.transposed:
+            return False
+        layer = self.architecture.moe_layers[0]
+        for stack, matrices in STACKS.items():
+            info = self.tensors.get(self.family.stack_name(layer, stack))
+            shapes = [unit_shape(self.architecture, matrices, transposed) for transposed in (False, True)]
+            if info is not None and shapes[0] != shapes[1]:
+                return info.shape[1:] != shapes[0]
+        return True
+
+    def matrix_name(self, layer: int, expert: int, matrix: str) -> str:
+        """The stored tensor that holds a matrix of an expert (a key of `EXPERT`, or its scales): its own, or the stack."""
+        if self.experts_layout == FUSED:
+            return self.family.stack_name(layer, stack_of(matrix))
+        return self.family.expert_name(layer, expert, matrix)
+
+    @cached_property
+    def dtypes(self) -> dict[str, str]:
+        """Stored dtype of the experts' matrices (keys of `EXPERT`, and scales of those that are FP8), the same in all layers."""
+        layer = self.architecture.moe_layers[0]
+        names = {matrix: self.matrix_name(layer, 0, matrix) for matrix in with_scales(EXPERT, lambda matrix: True)}
+        return {matrix: self.tensors[name].dtype for matrix, name in names.items() if name in self.tensors}
+
+    def quantised(self, name: str) -> bool:
+        """Whether a tensor, or a matrix of the experts (a key of `EXPERT`), is stored as FP8 and so has scales."""
+        if name in EXPERT:
+            return self.dtypes.get(name) == FP8
+        return name in self.tensors and self.tensors[name].dtype == FP8
 
     @property
     def nbytes(self) -> int:
@@ -70,7 +139,7 @@ class Checkpoint:
         return read_range(info.file, start, stop)
 
     def read_numpy(self, name: str, rows: slice | None = None) -> np.ndarray:
-        """A tensor, or rows of it, as numpy; bf16 and fp8 come as uint16 and uint8 bit patterns."""
+        """A tensor, or rows of it, as numpy (ml_dtypes for bf16 and fp8)."""
         info = self.info(name)
         _, _, shape = _byte_range(info, rows)
         return np.frombuffer(self.read_bytes(name, rows), dtype=NUMPY[info.dtype]).reshape(shape)
@@ -179,18 +248,52 @@ def _refuse_strays(folder: Path, used: set[str]) -> None:
 
 
 def _check_tensors(checkpoint: Checkpoint) -> None:
-    expected = expected_tensors(checkpoint.architecture)
+    """Everything that the config calls for is there in its shape, and nothing else is."""
+    arch, family, where = checkpoint.architecture, checkpoint.family, str(checkpoint.folder / CONFIG)
+    expected = stored_tensors(arch, checkpoint.experts_layout, checkpoint.quantised, checkpoint.transposed) | family.carried(
+        checkpoint.config, where
+    )
     for name, shape in expected.items():
         if name not in checkpoint.tensors:
             raise InputError(f"{checkpoint.folder} has no tensor {name}, which its config.json calls for.")
-        info = checkpoint.tensors[name]
-        if info.shape != shape:
-            raise InputError(f"{info.file}: {name} has the shape {list(info.shape)}, but config.json calls for {list(shape)}.")
-        if info.dtype not in ("F64", "F32", "BF16", "F16"):
-            raise InputError(f"{info.file}: {name} is stored as {info.dtype}; only F32, BF16, F16 and F64 weights are supported.")
+        _check_tensor(checkpoint, checkpoint.tensors[name], shape)
+    allowed = family.buffers(checkpoint.config, where)
     for name, info in checkpoint.tensors.items():
-        if name not in expected:
-            raise InputError(f"{info.file} holds {name}, which is no tensor of a {checkpoint.architecture.model_type} model.")
+        if name in allowed:
+            _check_tensor(checkpoint, info, allowed[name])
+        elif name not in expected and not name.startswith(family.free):
+            raise InputError(f"{info.file} holds {name}, which is no tensor of a {arch.model_type} model.")
+    _check_experts_alike(checkpoint)
+
+
+def _check_tensor(checkpoint: Checkpoint, info: TensorInfo, shape: Shape) -> None:
+    if info.shape != shape:
+        raise InputError(f"{info.file}: {info.name} has the shape {list(info.shape)}, but config.json calls for {list(shape)}.")
+    if info.name.endswith(SCALE):
+        if info.dtype not in SCALES:
+            raise InputError(f"{info.file}: {info.name} is stored as {info.dtype}; scales may be {', '.join(SCALES)}.")
+        return
+    if info.dtype == FP8 and checkpoint.config.get("quantization_config"):
+        return
+    if info.dtype not in FLOATS:
+        raise InputError(
+            f"{info.file}: {info.name} is stored as {info.dtype}; only F32, BF16, F16 and F64 weights are supported, and "
+            f"{FP8} where config.json has a quantization_config."
+        )
+
+
+def _check_experts_alike(checkpoint: Checkpoint) -> None:
+    """All experts are stored in one dtype; `stored_tensors` has asked the first one whether it has scales."""
+    arch = checkpoint.architecture
+    for layer in arch.moe_layers:
+        for matrix, dtype in checkpoint.dtypes.items():
+            for expert in range(arch.num_experts if checkpoint.experts_layout == SPLIT else 1):
+                info = checkpoint.tensors[checkpoint.matrix_name(layer, expert, matrix)]
+                if info.dtype != dtype:
+                    raise InputError(
+                        f"{info.file}: {info.name} is stored as {info.dtype}, but the first expert's as {dtype}; "
+                        "convert the experts to one dtype."
+                    )
 
 
 def side_files_of(folder: Path) -> list[Path]:

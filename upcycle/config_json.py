@@ -1,21 +1,29 @@
 """config.json, read in either of its two forms and written back.
 
 Hub configs say `num_experts`, `rope_theta`, `torch_dtype`; transformers 5 writes `num_local_experts`,
-`rope_parameters: {rope_theta, rope_type}`, `dtype`.
+`rope_parameters: {rope_theta, rope_type}`, `dtype`. Models of more than text keep the decoder's own config under `text_config`.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from moexpand.base.errors import InputError
 from moexpand.upcycle.architecture import Architecture, check_architecture
 from moexpand.upcycle.families import FAMILIES, family_of
+from moexpand.upcycle.family import Config, Family
+from moexpand.upcycle.tensors import BLOCK
 
-Config = dict[str, Any]
-"""config.json, parsed."""
+
+def text_config(config: Config, family: Family, where: str = "config.json") -> Config:
+    """The part of a config.json that describes the decoder."""
+    text = config.get(family.text) if family.text else config
+    if not isinstance(text, dict):
+        raise InputError(f"{where} has no {family.text}, which describes the decoder of a {family.model_type} model.")
+    return text
 
 
 def read_architecture(config: Config, where: str = "config.json") -> Architecture:
-    """The shape that a config.json describes.
+    """The shape of the decoder that a config.json describes.
 
     Args:
         config: parsed config.json, of either form.
@@ -26,45 +34,51 @@ def read_architecture(config: Config, where: str = "config.json") -> Architectur
     """
     if not isinstance(config, dict):
         raise InputError(f"{where} is not a JSON object.")
-    model_type = config.get("model_type")
-    if model_type not in FAMILIES:
-        raise InputError(
-            f"{where} describes {model_type!r}, not a known Mixture-of-Experts model; known are {', '.join(FAMILIES)}."
-        )
-    _refuse_variants(config, where)
-    rope = {"rope_theta": config.get("rope_theta")} | (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
-    heads = _size(config, "num_attention_heads", where)
-    hidden = _size(config, "hidden_size", where)
+    family = family_of(config.get("model_type"), where)
+    text = text_config(config, family, where)
+    _refuse_variants(text, where)
+    _check_quantisation(config, where)
+    rope = {"rope_theta": text.get("rope_theta")} | (text.get("rope_scaling") or {}) | (text.get("rope_parameters") or {})
+    heads = _size(text, "num_attention_heads", where)
+    hidden = _size(text, "hidden_size", where)
     arch = Architecture(
-        model_type=model_type,
-        vocab_size=_size(config, "vocab_size", where),
+        model_type=family.model_type,
+        vocab_size=_size(text, "vocab_size", where),
         hidden_size=hidden,
-        num_hidden_layers=_size(config, "num_hidden_layers", where),
+        num_hidden_layers=_size(text, "num_hidden_layers", where),
         num_attention_heads=heads,
-        num_key_value_heads=_size(config, "num_key_value_heads", where),
-        head_dim=_size(config, "head_dim", where) if config.get("head_dim") is not None else hidden // heads,
-        num_experts=_size(config, experts_key(config, where), where),
-        num_experts_per_tok=_size(config, "num_experts_per_tok", where),
-        router_n_groups=_size(config, "router_n_groups", where) if "router_n_groups" in config else 1,
-        moe_intermediate_size=_size(config, "moe_intermediate_size", where),
+        num_key_value_heads=_size(text, "num_key_value_heads", where),
+        head_dim=_size(text, "head_dim", where) if text.get("head_dim") is not None else hidden // heads,
+        num_experts=_size(text, experts_key(text, where), where),
+        num_experts_per_tok=_size(text, "num_experts_per_tok", where),
+        router_n_groups=_size(text, "router_n_groups", where) if text.get("router_n_groups") is not None else 1,
+        moe_intermediate_size=_size(text, "moe_intermediate_size", where),
+        intermediate_size=_size(text, "intermediate_size", where) if text.get("intermediate_size") is not None else 0,
+        decoder_sparse_step=_size(text, "decoder_sparse_step", where) if text.get("decoder_sparse_step") is not None else 1,
+        mlp_only_layers=_layers(text, where),
         # transformers' defaults, for keys that a config may leave out
-        norm_topk_prob=bool(config.get("norm_topk_prob", False)),
+        norm_topk_prob=bool(text.get("norm_topk_prob", family.norm_topk_prob)),
         rope_theta=_number(rope, "rope_theta", 10_000.0, where),
         rope_type=str(rope.get("rope_type", rope.get("type", "default"))),
-        sliding_window=config.get("sliding_window") if config.get("use_sliding_window") else None,
-        max_position_embeddings=int(_number(config, "max_position_embeddings", 32_768, where)),
-        rms_norm_eps=_number(config, "rms_norm_eps", 1e-6, where),
+        sliding_window=text.get("sliding_window") if text.get("use_sliding_window") else None,
+        max_position_embeddings=int(_number(text, "max_position_embeddings", 32_768, where)),
+        rms_norm_eps=_number(text, "rms_norm_eps", 1e-6, where),
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-        initializer_range=_number(config, "initializer_range", 0.02, where),
-        dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."),
+        initializer_range=_number(text, "initializer_range", 0.02, where),
+        dtype=_dtype(config, text),
     )
     check_architecture(arch, where)
     return arch
 
 
-def experts_key(config: Config, where: str = "config.json") -> str:
-    """Under which name this config keeps the number of experts."""
-    hub, local = config.get("num_experts"), config.get("num_local_experts")
+def _dtype(config: Config, text: Config) -> str:
+    named = next((part[key] for part in (config, text) for key in ("dtype", "torch_dtype") if part.get(key)), "float32")
+    return str(named).removeprefix("torch.")
+
+
+def experts_key(text: Config, where: str = "config.json") -> str:
+    """Under which name a decoder's config keeps the number of experts."""
+    hub, local = text.get("num_experts"), text.get("num_local_experts")
     if hub is not None and local is not None and hub != local:
         raise InputError(f"{where} says num_experts={hub} and num_local_experts={local}; which one holds?")
     return "num_local_experts" if hub is None and local is not None else "num_experts"
@@ -76,15 +90,15 @@ def architecture_config(arch: Architecture) -> Config:
         "architectures": ["Qwen3MoeForCausalLM"],
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "decoder_sparse_step": 1,
+        "decoder_sparse_step": arch.decoder_sparse_step,
         "head_dim": arch.head_dim,
         "hidden_act": "silu",
         "hidden_size": arch.hidden_size,
         "initializer_range": arch.initializer_range,
-        "intermediate_size": arch.moe_intermediate_size * arch.num_experts_per_tok,
+        "intermediate_size": arch.intermediate_size or arch.moe_intermediate_size * arch.num_experts_per_tok,
         "max_position_embeddings": arch.max_position_embeddings,
         "max_window_layers": arch.num_hidden_layers,
-        "mlp_only_layers": [],
+        "mlp_only_layers": list(arch.mlp_only_layers),
         "model_type": "qwen3_moe",
         "moe_intermediate_size": arch.moe_intermediate_size,
         "norm_topk_prob": arch.norm_topk_prob,
@@ -112,16 +126,50 @@ def grouped_config(config: Config, num_experts: int, groups: int) -> Config:
     """config.json of a grouped child: its own model type and code, everything else as in the parent's `config`.
 
     Engines that know no groups would run such a model as plain top-k without a word; they refuse a type that they do not know.
+    A family that knows groups itself keeps its type and its code. A parent's own remote code is not named by a child of another
+    type, as it would do just that.
     """
-    child = family_of(family_of(config["model_type"]).child)
-    changes = {
-        "architectures": [child.class_name],
-        "model_type": child.model_type,
-        "auto_map": child.auto_map,
-        experts_key(config): num_experts,
-        "router_n_groups": groups,
-    }
-    return {**config, **changes}
+    family = family_of(config["model_type"])
+    child = family_of(family.child)
+    text = text_config(config, family)
+    changed = {**text, experts_key(text): num_experts, "router_n_groups": groups}
+    if family.text:
+        if child.text_type:
+            changed["model_type"] = child.text_type
+        changed = {**config, family.text: changed}
+    if child is family:
+        return changed
+    kept = {key: value for key, value in changed.items() if key != "auto_map"}
+    own = {"auto_map": child.auto_map} if child.auto_map else {}
+    return {**kept, "architectures": [child.class_name], "model_type": child.model_type, **own}
+
+
+def with_vocabulary(config: Config, size: int, moved: Mapping[int, int]) -> Config:
+    """config.json of a model whose tokens got other ids: `moved` has the new id of every old one that is kept.
+
+    Raises:
+        InputError: a key names a token that the new vocabulary lacks.
+    """
+    family = family_of(config["model_type"])
+    changed = {key: _moved_ids(key, value, moved) for key, value in config.items()}
+    text = text_config(changed, family)
+    text = {key: _moved_ids(key, value, moved) for key, value in text.items()} if family.text else text
+    text = {**text, "vocab_size": size}
+    return {**changed, family.text: text} if family.text else text
+
+
+def _moved_ids(key: str, value: Any, moved: Mapping[int, int]) -> Any:
+    """The value of a `..._token_id` key in the new vocabulary; other keys' as it is."""
+    if not key.endswith("_token_id") or value is None:
+        return value
+    ids = value if isinstance(value, list) else [value]
+    for number in ids:
+        if number not in moved:
+            raise InputError(
+                f"config.json says {key}={value}, and the child's vocabulary has no such token; give a tokenizer that has it, or "
+                "correct the parent's config.json."
+            )
+    return [moved[number] for number in ids] if isinstance(value, list) else moved[value]
 
 
 def lmdeploy_config(config: Config) -> Config:
@@ -148,10 +196,26 @@ def _number(config: Config, key: str, default: float, where: str) -> float:
     return float(value)
 
 
+def _layers(config: Config, where: str) -> tuple[int, ...]:
+    value = config.get("mlp_only_layers") or []
+    if not isinstance(value, list) or not all(type(layer) is int and layer >= 0 for layer in value):
+        raise InputError(f"{where} has mlp_only_layers={value!r}; a list of layers' numbers is needed.")
+    return tuple(value)
+
+
 def _refuse_variants(config: Config, where: str) -> None:
     """Variants that the config class allows and no released Mixture-of-Experts parent of these types has."""
-    for key, usual in (("attention_bias", False), ("decoder_sparse_step", 1), ("mlp_only_layers", []), ("hidden_act", "silu")):
+    for key, usual in (("attention_bias", False), ("hidden_act", "silu")):
         if config.get(key) not in (None, usual):
             raise InputError(f"{where} has {key}={config[key]!r}; only {usual!r} is supported.")
-    if config.get("quantization_config"):
-        raise InputError(f"{where} describes a quantised checkpoint; only unquantised weights are supported.")
+
+
+def _check_quantisation(config: Config, where: str) -> None:
+    """Block-FP8 is carried from parent to child byte for byte; other formats are refused."""
+    rules: Any = config.get("quantization_config")
+    if not rules:
+        return
+    if not isinstance(rules, dict) or rules.get("quant_method") != "fp8" or rules.get("weight_block_size") != [BLOCK, BLOCK]:
+        raise InputError(
+            f"{where} describes a quantised checkpoint; of these only fp8 with weight_block_size [{BLOCK}, {BLOCK}] is supported."
+        )

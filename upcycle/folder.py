@@ -1,18 +1,24 @@
 """Write a checkpoint folder from tensors that are produced one at a time; whole or absent."""
 
 from collections.abc import Callable, Mapping
+from contextlib import closing
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moexpand.base.errors import InputError
-from moexpand.base.files import new_folder, write_json
-from moexpand.upcycle.checkpoint import CONFIG, side_files_of
+from moexpand.base.files import disk_errors, new_folder, write_json
+from moexpand.upcycle.checkpoint import CONFIG, INDEX, side_files_of
 from moexpand.upcycle.config_json import Config
-from moexpand.upcycle.layout import check_space, copy_side_files, create_shards, open_at, plan_layout
+from moexpand.upcycle.direct import OutputFile, aligned_buffer, write_all
+from moexpand.upcycle.jobs import Bundle
+from moexpand.upcycle.layout import Layout, check_space, copy_side_files, plan_layout
 from moexpand.upcycle.model_code import every_code_file, write_model_code
 from moexpand.upcycle.safetensors_file import Shape, TensorInfo, dtype_code
+
+PIECE = 8 << 20
 
 
 def write_checkpoint(
@@ -38,18 +44,37 @@ def write_checkpoint(
         InputError: `target` exists, or a produced tensor has another size than told.
         EnvironmentFailure: the disk is full or failed.
     """
-    layout = plan_layout({name: (dtype_code(dtype), tuple(shape)) for name, (dtype, shape) in tensors.items()}, max_shard_size)
+    stored = {name: (dtype_code(dtype), tuple(shape)) for name, (dtype, shape) in tensors.items()}
+    layout = plan_layout(stored, [Bundle((name,), ()) for name in stored], max_shard_size)
     check_space(target, layout.nbytes)
     with new_folder(target) as folder:
-        create_shards(folder, layout)
+        write_json(folder / INDEX, layout.index())
         write_json(folder / CONFIG, config)
         if side_files is not None:
             copy_side_files(Path(side_files), side_files_of(Path(side_files)), folder, keep=every_code_file())
         write_model_code(folder, config["model_type"])
-        for name, place in layout.tensors.items():
-            data = _bytes(produce(name), place)
-            with open_at(folder, place) as write:
-                write(data, 0)
+        buffer = aligned_buffer(PIECE)
+        for file, places in groupby(layout.tensors.values(), key=lambda place: str(place.file)):
+            with closing(_create(folder, layout, file)) as output:
+                for place in places:
+                    _write(output, _bytes(produce(place.name), place), place, buffer)
+
+
+def _create(folder: Path, layout: Layout, file: str) -> OutputFile:
+    """A shard with its header and its full size reserved."""
+    with disk_errors(f"writing {file} of {folder}"):
+        output = OutputFile(folder / file, layout.sizes[file])
+        write_all(output.ordinary, layout.header(file), 0)
+    return output
+
+
+def _write(output: OutputFile, data: memoryview, place: TensorInfo, buffer: memoryview) -> None:
+    """Write a tensor by way of `buffer`, which begins at a page."""
+    with disk_errors(f"writing {place.name} to {output.path}"):
+        for begin in range(0, len(data), PIECE):
+            piece = buffer[: min(PIECE, len(data) - begin)]
+            piece[:] = data[begin : begin + PIECE]
+            output.write(piece, place.start + begin)
 
 
 def _bytes(value: Any, place: TensorInfo) -> memoryview:

@@ -35,6 +35,9 @@ CODES = {
 }  # fmt: skip
 """Header names of dtypes, by torch's names."""
 
+METADATA = {"format": "pt"}
+"""What a header says of the whole file: its tensors are stored as torch means them."""
+
 Shape = tuple[int, ...]
 
 
@@ -76,6 +79,21 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             shapes; the message names the file and the tensor.
     """
     file = Path(file)
+    entries, data, size = _read_entries(file)
+    entries.pop("__metadata__", None)
+    infos = [_info(file, name, entry, data) for name, entry in entries.items()]
+    infos.sort(key=lambda info: (info.start, info.stop))
+    _check_ranges(file, infos, data, size)
+    return {info.name: info for info in infos}
+
+
+def read_metadata(file: Path) -> Any:
+    """What a file's header says besides its tensors; None when that is nothing."""
+    return _read_entries(Path(file))[0].get("__metadata__")
+
+
+def _read_entries(file: Path) -> tuple[dict[str, Any], int, int]:
+    """The header as it stands, where the data begins, and the size of the file."""
     try:
         size = file.stat().st_size
         with open(file, "rb") as handle:
@@ -85,12 +103,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             raw = handle.read(length)
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror or error}.") from None
-    entries = _parse(file, raw)
-    entries.pop("__metadata__", None)
-    infos = [_info(file, name, entry, 8 + length) for name, entry in entries.items()]
-    infos.sort(key=lambda info: (info.start, info.stop))
-    _check_ranges(file, infos, 8 + length, size)
-    return {info.name: info for info in infos}
+    return _parse(file, raw), 8 + length, size
 
 
 def _parse(file: Path, raw: bytes) -> dict[str, Any]:
@@ -148,7 +161,7 @@ def build_header(tensors: Mapping[str, tuple[str, Shape]]) -> tuple[bytes, dict[
     Returns:
         Length field and header, padded with spaces to a multiple of `ALIGNMENT`, and {name: (start, stop)}.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": METADATA}
     offset = 0
     for name, (dtype, shape) in tensors.items():
         stop = offset + nbytes(dtype, shape)

@@ -1,29 +1,36 @@
 """Prove that a child is what its plan makes of its parent: every byte, every name, every file.
 
-Both folders are streamed: each tensor of the parent is read once and compared with all its copies, a piece at a time.
+Both folders are streamed: what the writer would write is read or made again, once, and compared with all its places, a piece at a
+time.
 """
 
 import hashlib
 import mmap
 import os
 import threading
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from moexpand.base.errors import CheckFailed, InputError
 from moexpand.base.files import disk_errors, read_json, sha256
-from moexpand.upcycle.checkpoint import CONFIG, EXPANSION, Checkpoint, open_checkpoint, read_into
-from moexpand.upcycle.config_json import grouped_config
+from moexpand.upcycle.checkpoint import CONFIG, EXPANSION, INDEX, Checkpoint, open_checkpoint, read_into
+from moexpand.upcycle.checksums import CHECKSUM, tensor_checksum
+from moexpand.upcycle.crew import PIECE, Progress, run_jobs
+from moexpand.upcycle.jobs import Job, Made
 from moexpand.upcycle.model_code import code_files
-from moexpand.upcycle.plan import Plan, Recipe, fingerprint, make_plan, recipes
-from moexpand.upcycle.safetensors_file import TensorInfo
-from moexpand.upcycle.writer import CHECKSUM, PIECE, Progress, copies_by_source, gather_rows, run_jobs
+from moexpand.upcycle.plan import Plan
+from moexpand.upcycle.planner import check_map
+from moexpand.upcycle.recipe import Recipe
+from moexpand.upcycle.safetensors_file import METADATA, TensorInfo, read_metadata
+
+TABLES = ("checksums", "checksum_pieces", "checksums_of_model_code", "checksums_of_tokenizer")
+"""What expansion.json holds by the names of tensors or files."""
 
 NAMED = 5
 """How many differences an error names before it only counts."""
@@ -31,30 +38,57 @@ NAMED = 5
 
 @dataclass
 class Findings:
-    """Differences found so far; threads add to it."""
+    """Differences found so far, and digests of what every tensor should be; threads add to both."""
 
-    lines: list[str] = field(default_factory=list)
+    lines: dict[tuple[str, str], str] = field(default_factory=dict)
+    """What differs first in each tensor, and in each slot of a stack."""
+    pieces: dict[str, dict[int, bytes]] = field(default_factory=lambda: defaultdict(dict))
+    """SHA-256 of each piece of each tensor, by its offset."""
 
     def raise_any(self) -> None:
         """Raise a `CheckFailed` that names the first differences, when there are any."""
         if self.lines:
             more = f" (and {len(self.lines) - NAMED} more)" if len(self.lines) > NAMED else ""
-            raise CheckFailed("; ".join(sorted(self.lines)[:NAMED]) + more + ".")
+            raise CheckFailed("; ".join(sorted(self.lines.values())[:NAMED]) + more + ".")
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What was compared."""
+    """What was compared.
+
+    Attributes:
+        tensors, nbytes: of the child.
+        plan: that it follows.
+        map_computed: whether the plan's map was computed again; otherwise it was counted from a calibration or a usage file, or
+            is a user's own.
+    """
 
     tensors: int
     nbytes: int
+    plan: Plan
+    map_computed: bool
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """What `expansion.json` says."""
+
+    plan: Plan
+    plan_checksum: str
+    """As recorded."""
+    checksums: dict[str, str]
+    """By tensor."""
+    pieces: dict[str, int]
+    """How many pieces the checksum of a tensor is made of, where not one."""
+    files: dict[str, str]
+    """Of files that are not the parent's: model code, and the tokenizer of a child with a vocabulary of its own."""
 
 
 def verify(source: Path, target: Path, workers: int = 0, progress: Progress = lambda compared: None) -> Proof:
     """Prove that every tensor and file of the child `target` equals its recipe.
 
     Args:
-        progress: told how many bytes of the child were compared since its last call, from several threads.
+        progress: told how many bytes of the child's shards were compared since its last call, from several threads.
 
     Raises:
         CheckFailed: something differs; the message names the tensors or files.
@@ -66,102 +100,111 @@ def verify(source: Path, target: Path, workers: int = 0, progress: Progress = la
     try:
         child = open_checkpoint(target)
         expansion = read_expansion(child.folder)
-        recipe = recipes(parent.architecture, expansion.plan)
+        recipe = Recipe(parent, expansion.plan, str(child.folder / EXPANSION))
     except InputError as error:
         raise CheckFailed(str(error)) from None
-    _check_structure(parent, child, expansion, recipe)
-    checksums, findings = expansion.checksums, Findings()
-    buffers = threading.local()
+    computed = _check_structure(child, expansion, recipe)
+    progress(folder_bytes(child.folder) - child.nbytes)  # the headers
+    findings, buffers = Findings(), threading.local()
     jobs: list[Callable[[], None]] = [
-        partial(
-            _compare_copies, parent.info(name), [child.tensors[copy] for copy in copies], checksums, findings, buffers, progress
-        )
-        for name, copies in copies_by_source(recipe).items()
-    ]
-    jobs += [
-        partial(_compare_rows, parent, child, name, how, checksums, findings, progress)
-        for name, how in recipe.items()
-        if how.rows is not None
+        partial(_compare, job, recipe, child, findings, buffers, progress) for bundle in recipe.bundles() for job in bundle.jobs
     ]
     run_jobs(jobs, workers)
+    _compare_checksums(findings, expansion)
     findings.raise_any()
-    return Proof(len(child.tensors), child.nbytes)
+    return Proof(len(child.tensors), child.nbytes, expansion.plan, computed)
+
+
+def _compare_checksums(findings: Findings, expansion: Expansion) -> None:
+    """Recorded checksums are those of the tensors."""
+    different = {tensor for tensor, _ in findings.lines}
+    for name, pieces in findings.pieces.items():
+        due = tensor_checksum([pieces[at] for at in sorted(pieces)]), len(pieces)
+        if name not in different and due != (expansion.checksums[name], expansion.pieces.get(name, 1)):
+            findings.lines[name, ""] = f"{name} equals its recipe, but {EXPANSION} records another checksum"
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of a folder's shards."""
+    """Bytes of a folder's shards, headers included: what `verify` tells its progress of."""
     return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
 
 
-@dataclass(frozen=True)
-class Expansion:
-    """expansion.json: the plan, and SHA-256 checksums of tensors and model code by name."""
-
-    plan: Plan
-    checksums: dict[str, str]
-    code: dict[str, str]
-
-
 def read_expansion(folder: Path) -> Expansion:
-    """Read the expansion.json of a child.
-
-    Raises:
-        InputError: the file is missing, or is not what an expansion writes.
-    """
+    """The record of the expansion that made a child; anything else is an `InputError` that names the file."""
     file = folder / EXPANSION
-    record: Any = read_json(file)
-    if not isinstance(record, dict) or record.get("checksum_algorithm") != CHECKSUM:
-        raise InputError(f"{file} holds no {CHECKSUM} checksums.")
-    tensors, code = record.get("checksums"), record.get("checksums_of_model_code")
-    if not isinstance(tensors, dict) or not isinstance(code, dict):
-        raise InputError(f"{file} holds no checksums by name.")
-    plan = {key: value for key, value in record.items() if not key.startswith("checksum")}
-    return Expansion(Plan.from_json(plan, str(file)), tensors, code)
+    record = read_json(file)
+    plan = Plan.from_json(record, str(file))
+    if record.get("checksum_algorithm") != CHECKSUM:
+        raise InputError(f"{file} has checksum_algorithm={record.get('checksum_algorithm')!r}; this program knows {CHECKSUM!r}.")
+    for key in TABLES:
+        if not isinstance(record.get(key), dict):
+            raise InputError(f"{file} has no table {key}; it was changed since it was written.")
+    odd = record.keys() - plan.to_json().keys() - {"checksum_of_plan", "checksum_algorithm", *TABLES}
+    if odd:
+        raise InputError(f"{file} has {min(odd)}, which no expansion writes; it was changed since it was written.")
+    checksums, pieces, code, tokenizer = (record[key] for key in TABLES)
+    return Expansion(plan, str(record.get("checksum_of_plan")), checksums, pieces, code | tokenizer)
 
 
-def _check_structure(parent: Checkpoint, child: Checkpoint, expansion: Expansion, recipe: dict[str, Recipe]) -> None:
-    """Everything but the tensors' bytes."""
-    _check_plan(parent, child, expansion.plan)
-    for name, info in child.tensors.items():
+def _check_structure(child: Checkpoint, expansion: Expansion, recipe: Recipe) -> bool:
+    """Everything but the tensors' bytes; returns whether the map was computed again."""
+    computed = _check_plan(child, expansion, recipe)
+    for name, (dtype, shape) in recipe.tensors.items():
+        if name not in child.tensors:
+            raise CheckFailed(f"{child.folder} has no tensor {name}, which the plan calls for.")
+        info = child.tensors[name]
+        if (info.dtype, info.shape) != (dtype, shape):
+            raise CheckFailed(f"{info.file}: {name} is stored as {info.dtype} {list(info.shape)}, not {dtype} {list(shape)}.")
         if name not in expansion.checksums:
             raise CheckFailed(f"{child.folder / EXPANSION} has no checksum for {name}.")
-        if info.dtype != parent.tensors[recipe[name].source].dtype:
-            raise CheckFailed(f"{info.file}: {name} is stored as {info.dtype}, the parent's {recipe[name].source} is not.")
-    for name in expansion.checksums:
-        if name not in child.tensors:
-            raise CheckFailed(f"{child.folder / EXPANSION} has a checksum for {name}, which is no tensor of the child.")
-    _check_files(parent, child, expansion.code)
+    recorded = expansion.checksums.keys() | expansion.pieces.keys()
+    for names, what in ((child.tensors, "holds"), (recorded, f"has a checksum in {EXPANSION} for")):
+        for name in names:
+            if name not in recipe.tensors:
+                raise CheckFailed(f"{child.folder} {what} {name}, which is no tensor of the child.")
+    _check_metadata(child)
+    _check_files(recipe, child, expansion.files)
+    return computed
 
 
-def _check_plan(parent: Checkpoint, child: Checkpoint, plan: Plan) -> None:
-    """Parent, config and map are those that the plan's own words call for."""
-    if plan.parent != fingerprint(parent):
-        raise CheckFailed(f"{child.folder} was made from another parent than {parent.folder}: the fingerprints differ.")
-    due = grouped_config(parent.config, plan.num_experts, plan.num_groups)
+def _check_plan(child: Checkpoint, expansion: Expansion, recipe: Recipe) -> bool:
+    """Config and map are those that the plan's own words call for, and the plan is the one that was written."""
+    due = recipe.config
     for key in sorted(due.keys() | child.config.keys()):
         if key not in due or key not in child.config or due[key] != child.config[key]:
             raise CheckFailed(
                 f"{child.folder / CONFIG} has {key}={child.config.get(key)!r}, but {due.get(key)!r} follows from the parent."
             )
     try:
-        due_plan = make_plan(
-            parent, num_experts=plan.num_experts, num_groups=plan.num_groups, placement=plan.placement, seed=plan.seed
-        )
+        computed = check_map(recipe.parent, recipe.plan, str(child.folder / EXPANSION))
     except InputError as error:
-        raise CheckFailed(f"{child.folder / EXPANSION}: {error}") from None
-    for layer, (row, due_row) in enumerate(zip(plan.slot_to_parent, due_plan.slot_to_parent, strict=True)):
-        for slot, (expert, due_expert) in enumerate(zip(row, due_row, strict=True)):
-            if expert != due_expert:
-                raise CheckFailed(
-                    f"{child.folder / EXPANSION} maps slot {slot} of layer {layer} to expert {expert}, "
-                    f"but placement {plan.placement} to {due_expert}."
-                )
+        raise CheckFailed(str(error)) from None
+    if recipe.plan.digest != expansion.plan_checksum:
+        raise CheckFailed(
+            f"{child.folder / EXPANSION} was changed since it was written: its plan has the checksum {recipe.plan.digest}, but "
+            f"checksum_of_plan is {expansion.plan_checksum}."
+        )
+    return computed
 
 
-def _check_files(parent: Checkpoint, child: Checkpoint, code: dict[str, str]) -> None:
-    """Side files are the parent's, the model code is the one recorded, and nothing else is there."""
-    names = code_files(child.config["model_type"])
-    due = {str(file): sha256(parent.folder / file) for file in parent.side_files} | {name: code.get(name, "") for name in names}
+def _check_metadata(child: Checkpoint) -> None:
+    """What index and headers say besides tensors."""
+    for file in sorted({info.file for info in child.tensors.values()}):
+        if read_metadata(file) != METADATA:
+            raise CheckFailed(f"{file} has other metadata in its header than {METADATA}, which the writer gives it.")
+    index = child.folder / INDEX
+    if index.is_file():
+        found = {key: value for key, value in read_json(index).items() if key != "weight_map"}
+        due = {"metadata": {"total_size": child.nbytes}}
+        if found != due:
+            raise CheckFailed(f"{index} has {found} besides its weight_map, but it should be {due}.")
+
+
+def _check_files(recipe: Recipe, child: Checkpoint, own: dict[str, str]) -> None:
+    """Side files are the parent's, those of the child's own are as recorded, and nothing else is there."""
+    code = code_files(child.config["model_type"])
+    parent = recipe.parent.folder
+    due = {str(file): sha256(parent / file) for file in recipe.kept_side_files} | dict.fromkeys(code, "") | own
     found = {str(file) for file in child.side_files}
     for name in sorted(due.keys() | found):
         if name not in found:
@@ -169,62 +212,61 @@ def _check_files(parent: Checkpoint, child: Checkpoint, code: dict[str, str]) ->
         if name not in due:
             raise CheckFailed(f"{child.folder / name} is no file of the parent.")
         if sha256(child.folder / name) != due[name]:
-            origin = f"the checksum that {EXPANSION} records" if name in names else f"the parent's {parent.folder / name}"
+            origin = f"the checksum that {EXPANSION} records" if name in own else f"the parent's {parent / name}"
             raise CheckFailed(f"{child.folder / name} differs from {origin}.")
 
 
-def _compare_copies(
-    source: TensorInfo,
-    copies: list[TensorInfo],
-    checksums: dict[str, str],
-    findings: Findings,
-    buffers: threading.local,
-    progress: Progress,
+def _compare(
+    job: Job, recipe: Recipe, child: Checkpoint, findings: Findings, buffers: threading.local, progress: Progress
 ) -> None:
-    """Compare one tensor of the parent with all its copies, a piece at a time."""
+    """Compare one piece of the child, as it should be, with all its places."""
     if not hasattr(buffers, "pair"):
         buffers.pair = [memoryview(mmap.mmap(-1, PIECE)) for _ in range(2)]
     digest = hashlib.sha256()
-    different: set[str] = set()
     with ExitStack() as stack:
-        source_file, *copy_files = [_open(stack, info) for info in (source, *copies)]
-        for begin in range(0, source.nbytes, PIECE):
-            ours, theirs = (view[: min(PIECE, source.nbytes - begin)] for view in buffers.pair)
-            read_into(source_file, ours, source.start + begin, source.file)
-            digest.update(ours)
-            for copy, descriptor in zip(copies, copy_files, strict=True):
-                read_into(descriptor, theirs, copy.start + begin, copy.file)
-                if copy.name not in different and (at := _first_difference(ours, theirs)) is not None:
-                    different.add(copy.name)
-                    findings.lines.append(f"{copy.name} differs from the parent's {source.name} at its byte {begin + at:,}")
-            progress(len(ours) * len(copies))
-    for copy in copies:
-        if copy.name not in different and checksums[copy.name] != digest.hexdigest():
-            findings.lines.append(f"{copy.name} equals its recipe, but {EXPANSION} records another checksum")
+        places = [(child.tensors[place.tensor], place.offset) for place in job.places]
+        files = [_open(stack, info) for info, _ in places]
+        done = 0
+        for due in _content(job, recipe, buffers.pair[0]):
+            digest.update(due)
+            found = buffers.pair[1][: len(due)]
+            for (info, offset), file in zip(places, files, strict=True):
+                begin = offset + done
+                read_into(file, found, info.start + begin, info.file)
+                if (at := _first_difference(due, found)) is not None:
+                    unit, row = _unit(info, begin + at)
+                    line = f"{info.name} differs{unit} from {job.origin} at its byte {begin + at:,}{row}"
+                    findings.lines.setdefault((info.name, unit), line)
+            done += len(due)
+            progress(len(due) * len(places))
+    for place in job.places:
+        findings.pieces[place.tensor][place.offset] = digest.digest()
 
 
-def _compare_rows(
-    parent: Checkpoint,
-    child: Checkpoint,
-    name: str,
-    recipe: Recipe,
-    checksums: dict[str, str],
-    findings: Findings,
-    progress: Progress,
-) -> None:
-    """Compare a tensor made of the parent's rows."""
-    due = gather_rows(parent, recipe)
-    found = np.frombuffer(child.read_bytes(name), dtype=np.uint8).reshape(due.shape)
-    wrong = np.flatnonzero((due != found).any(1))
-    if wrong.size:
-        row = int(wrong[0])
-        parent_row = (recipe.rows or ())[row]
-        findings.lines.append(
-            f"{name} differs in {wrong.size} rows, first in row {row}, which should be row {parent_row} of the parent"
-        )
-    elif checksums[name] != hashlib.sha256(due.tobytes()).hexdigest():
-        findings.lines.append(f"{name} equals its recipe, but {EXPANSION} records another checksum")
-    progress(found.nbytes)
+def _content(job: Job, recipe: Recipe, buffer: memoryview) -> Iterator[memoryview]:
+    """The bytes that each of a job's places should hold, at most a buffer at a time."""
+    if isinstance(job.content, Made):
+        for piece in job.content.pieces():
+            for begin in range(0, len(piece), len(buffer)):
+                yield piece[begin : begin + len(buffer)]
+        return
+    info = recipe.parent.info(job.content.tensor)
+    with ExitStack() as stack:
+        file = _open(stack, info)
+        for begin in range(job.content.start, job.content.stop, len(buffer)):
+            part = buffer[: min(len(buffer), job.content.stop - begin)]
+            read_into(file, part, info.start + begin, info.file)
+            yield part
+
+
+def _unit(info: TensorInfo, at: int) -> tuple[str, str]:
+    """Where a byte lies, in words: the slot of a stack of experts; the row of a router (a slot) or of a vocabulary (a token)."""
+    if len(info.shape) < 2:
+        return "", ""
+    place = at * info.shape[0] // info.nbytes
+    if ".experts." in info.name:
+        return (f" in slot {place}" if len(info.shape) == 3 else ""), ""
+    return "", f", in row {place}" if len(info.shape) == 2 else ""
 
 
 def _open(stack: ExitStack, info: TensorInfo) -> int:

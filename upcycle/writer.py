@@ -1,167 +1,266 @@
-"""The streaming writer: a parent's bytes go from file to file into a child's shards, by a plan.
+"""The streaming writer: a parent's bytes go from file to file into a child's shards, by a recipe.
 
-All headers are written first. Then every tensor of the parent is read once, in pieces of `PIECE` bytes, hashed, and each piece is
-written to every place of the child that copies it. Memory is one piece a worker, whatever the model's size.
+A shard is the unit of work: claimed, written under a temporary name with its full size reserved, synced, renamed, and recorded
+in a manifest. What a manifest records is never written again, so that a killed expansion goes on where it was, and several
+processes, on one host or many, share the shards of one target. Inside a process threads work on the jobs of a shard together, and
+begin the next one when no job of it is left (upcycle/crew.py). Every job reads or makes its content once, in pieces of `PIECE`
+bytes, and each piece is written to all its places. Memory is one piece a worker, whatever the model's size.
 """
 
-import hashlib
-import mmap
-import os
+import signal
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Mapping
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
-import numpy as np
-
-from moexpand.base.files import disk_errors, new_folder, write_atomic, write_json
-from moexpand.upcycle.checkpoint import CONFIG, EXPANSION, Checkpoint, read_into, side_file_bytes
-from moexpand.upcycle.config_json import grouped_config
-from moexpand.upcycle.families import expected_tensors
-from moexpand.upcycle.layout import Layout, check_space, copy_side_files, create_shards, open_at, plan_layout
+from moexpand.base.errors import EnvironmentFailure, InputError, MoexpandError, Stopped
+from moexpand.base.files import disk_errors, read_json, sha256, write_atomic, write_json
+from moexpand.upcycle.checkpoint import CONFIG, EXPANSION, INDEX, side_file_bytes
+from moexpand.upcycle.checksums import CHECKSUM, tensor_checksum
+from moexpand.upcycle.claims import Claims
+from moexpand.upcycle.crew import PIECE, Crew, Progress, default_workers, run_jobs
+from moexpand.upcycle.direct import can_clone
+from moexpand.upcycle.jobs import Job
+from moexpand.upcycle.layout import Layout, check_space, copy_side_files, parse_size, plan_layout
 from moexpand.upcycle.model_code import code_files, write_model_code
-from moexpand.upcycle.plan import Plan, Recipe, child_architecture, recipes, row_per_line
-from moexpand.upcycle.safetensors_file import TensorInfo
+from moexpand.upcycle.partial import PartialFolder
+from moexpand.upcycle.plan import row_per_line
+from moexpand.upcycle.recipe import Recipe
+from moexpand.upcycle.safetensors_file import ALIGNMENT
 
-PIECE = 8 << 20
-CHECKSUM = "sha256"
+__all__ = ["CHECKSUM", "PIECE", "Progress", "Summary", "child_layout", "expand", "run_jobs"]
 
-Progress = Callable[[int], None]
-"""Told the number of bytes written since the last call; called from several threads."""
+FINISH = "finish"
+"""What the process claims that completes the folder."""
+
+POLL = 0.5
+"""Seconds between looks at what other processes have done."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What an expansion did."""
+    """What an expansion did.
+
+    Attributes:
+        tensors, shards: of the child, whoever wrote them.
+        bytes_read, bytes_written: by this process; content that is computed counts as read once.
+        seconds: of this process.
+        shared: bytes that this process let share the blocks of equal ones instead of writing them.
+        resumed: shards that were finished before this process began.
+    """
 
     tensors: int
     shards: int
     bytes_read: int
     bytes_written: int
     seconds: float
+    shared: int
+    resumed: int
 
 
-def child_layout(parent: Checkpoint, plan: Plan, max_shard_size: str | int = "5GB") -> Layout:
-    """The child's shard table; tensors keep the dtype of what they copy."""
-    recipe = recipes(parent.architecture, plan)
-    shapes = expected_tensors(child_architecture(parent.architecture, plan))
-    return plan_layout({name: (parent.info(recipe[name].source).dtype, shape) for name, shape in shapes.items()}, max_shard_size)
+def child_layout(recipe: Recipe, max_shard_size: str | int = "5GB") -> Layout:
+    """The child's shard table, worked out once."""
+    size = parse_size(max_shard_size)
+    if size not in recipe.layouts:
+        recipe.layouts[size] = plan_layout(recipe.tensors, recipe.bundles(), size)
+    return recipe.layouts[size]
 
 
 def expand(
-    parent: Checkpoint,
-    plan: Plan,
+    recipe: Recipe,
     target: Path,
     *,
     max_shard_size: str | int = "5GB",
     workers: int = 0,
+    reflink: str = "auto",
+    resume: bool = False,
     progress: Progress = lambda written: None,
+    found: Progress = lambda finished: None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Summary:
-    """Write the child of `parent` to `target`, which appears whole or not at all.
+    """Write the child of `recipe` to `target`, which appears whole or not at all.
 
     Args:
-        plan: see `make_plan`.
         max_shard_size: such as `5GB`.
-        workers: copying threads; 0 takes one a core.
-        progress: told how many bytes were written since its last call, from several threads.
+        workers: copying threads; 0 takes two a core, at most 16.
+        reflink: `auto` lets equal pieces share blocks where the file system can; `never` writes each.
+        resume: go on with an unfinished expansion of the same parameters, or work on it together with the processes that do;
+            one that is complete by now is left as it is.
+        progress: told how many bytes were put into place since its last call, from several threads.
+        found: told how many bytes others, or an earlier run, have finished.
+        say: takes a line when there is something to wait for.
 
     Raises:
-        InputError: `target` exists, or the plan does not fit the parent.
+        InputError: `target` exists, an unfinished expansion is there without `resume` or with other parameters.
         EnvironmentFailure: the disk is full or failed, or a source file changed while it was read.
+        Stopped: SIGINT or SIGTERM; finished shards are kept.
     """
     begin = time.monotonic()
-    recipe = recipes(parent.architecture, plan)
-    layout = child_layout(parent, plan, max_shard_size)
-    check_space(target, layout.nbytes + side_file_bytes(parent))
-    with new_folder(target) as folder:
-        create_shards(folder, layout)
-        config = grouped_config(parent.config, plan.num_experts, plan.num_groups)
-        copy_side_files(parent.folder, parent.side_files, folder, keep=code_files(config["model_type"]))
-        code = write_model_code(folder, config["model_type"])
-        write_json(folder / CONFIG, config)
-        checksums = copy_tensors(parent, recipe, layout, folder, workers, progress)
-        record = plan.to_json() | {
-            "checksum_algorithm": CHECKSUM,
-            "checksums": {name: checksums[name] for name in layout.tensors},
-            "checksums_of_model_code": code,
-        }
-        write_atomic(folder / EXPANSION, row_per_line(record))
-    written = sum(info.nbytes for info in layout.tensors.values())
-    return Summary(len(layout.tensors), len(layout.sizes), parent.nbytes, written, time.monotonic() - begin)
+    layout = child_layout(recipe, max_shard_size)
+    partial = PartialFolder(Path(target), layout)
+    identity = recipe.plan.to_json() | {"max_shard_size": parse_size(max_shard_size), "layout": layout.digest}
+    if not _begin(recipe, partial, identity, resume):
+        found(layout.nbytes)
+        return Summary(len(layout.tensors), len(layout.sizes), 0, 0, time.monotonic() - begin, 0, len(layout.sizes))
+    claims = Claims(partial.claims)
+    crew = Crew(recipe, partial, claims, reflink == "auto" and can_clone(partial.writing), progress, found)
+    resumed = 0
+    with claims.refreshed(), _stopped_by_signals(crew.stopping) as signals:
+        try:
+            with disk_errors(f"writing {target}"):
+                partial.sweep(claims)
+                resumed = len(crew.look())
+                _check_space(recipe, crew)
+                _write(recipe, crew, workers, say)
+            if signals and not _published(recipe, partial):
+                raise Stopped(f"Stopped by {signals[0]}.")
+        except BaseException as error:
+            if not isinstance(error, EnvironmentFailure) or not _published(recipe, partial):
+                _give_up(crew, error)
+    return Summary(
+        len(layout.tensors), len(layout.sizes), crew.read, crew.written, time.monotonic() - begin, crew.shared, resumed
+    )
 
 
-def copies_by_source(recipe: Mapping[str, Recipe]) -> dict[str, list[str]]:
-    """Names of the child's whole copies of each tensor of the parent."""
-    copies: dict[str, list[str]] = defaultdict(list)
-    for name, how in recipe.items():
-        if how.rows is None:
-            copies[how.source].append(name)
-    return copies
-
-
-def gather_rows(parent: Checkpoint, recipe: Recipe) -> np.ndarray:
-    """Bytes of a tensor made of rows of the parent's, uint8 [rows, bytes of a row]."""
-    info = parent.info(recipe.source)
-    return np.frombuffer(parent.read_bytes(recipe.source), dtype=np.uint8).reshape(info.shape[0], -1)[list(recipe.rows or ())]
-
-
-def copy_tensors(
-    parent: Checkpoint, recipe: Mapping[str, Recipe], layout: Layout, folder: Path, workers: int, progress: Progress
-) -> dict[str, str]:
-    """Write every tensor of `layout` into the shards of `folder` by its recipe; returns the SHA-256 of each by name."""
-    checksums: dict[str, str] = {}
-    pieces = threading.local()
-
-    def copy(source: str, names: list[str]) -> None:
-        if not hasattr(pieces, "view"):
-            pieces.view = memoryview(mmap.mmap(-1, PIECE))  # page-aligned
-        places = [layout.tensors[name] for name in names]
-        checksums.update(dict.fromkeys(names, _copy(parent.info(source), places, folder, pieces.view, progress)))
-
-    def gather(name: str) -> None:
-        data = gather_rows(parent, recipe[name]).tobytes()
-        with open_at(folder, layout.tensors[name]) as write:
-            write(data, 0)
-        checksums[name] = hashlib.sha256(data).hexdigest()
-        progress(len(data))
-
-    jobs: list[Callable[[], None]] = [partial(copy, source, names) for source, names in copies_by_source(recipe).items()]
-    jobs += [partial(gather, name) for name, how in recipe.items() if how.rows is not None]
-    run_jobs(jobs, workers)
-    return checksums
-
-
-def _copy(source: TensorInfo, places: list[TensorInfo], folder: Path, view: memoryview, progress: Progress) -> str:
-    """Copy one tensor to all its places, a piece at a time; returns the SHA-256 of its bytes."""
-    digest = hashlib.sha256()
-    with ExitStack() as stack:
-        writes = [stack.enter_context(open_at(folder, place)) for place in places]
-        with disk_errors(f"reading {source.file}"):
-            descriptor = os.open(source.file, os.O_RDONLY)
-        stack.callback(os.close, descriptor)
-        for begin in range(0, source.nbytes, len(view)):
-            piece = view[: min(len(view), source.nbytes - begin)]
-            read_into(descriptor, piece, source.start + begin, source.file)
-            digest.update(piece)
-            for write in writes:
-                write(piece, begin)
-            progress(len(piece) * len(places))
-    return digest.hexdigest()
-
-
-def run_jobs(jobs: list[Callable[[], None]], workers: int) -> None:
-    """Run jobs on threads (reads, writes and hashes leave the interpreter lock); the first error stops the rest and is raised."""
-    pool = ThreadPoolExecutor(max_workers=workers or os.cpu_count() or 1, thread_name_prefix="copy")
+def _begin(recipe: Recipe, partial: PartialFolder, identity: dict[str, Any], resume: bool) -> bool:
+    """Make or join the working folder; False when there is nothing to join, since the child is complete."""
     try:
-        futures = [pool.submit(job) for job in jobs]
-        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-        pool.shutdown(wait=True, cancel_futures=True)
-        for future in done:
-            future.result()
+        if not resume or not _published(recipe, partial):
+            partial.begin(identity, resume)
+            return True
+    except MoexpandError:
+        if not resume or not _published(recipe, partial):  # by another process, a moment ago
+            raise
+    if not partial.child.exists():
+        partial.remove()  # the process that published the child was killed before it had done so
+    return False
+
+
+def _write(recipe: Recipe, crew: Crew, workers: int, say: Callable[[str], None]) -> None:
+    """Write shards until all are finished, by this process or others, and publish the child unless another does."""
+    threads = workers or default_workers()
+    waiting = False
+    while True:
+        run_jobs([crew.work] * threads, threads)
+        if crew.stopping.is_set() or _published(recipe, crew.partial):
+            return
+        finished = crew.look()
+        if len(finished) == len(crew.layout.sizes) and crew.claims.take(FINISH) is not None:
+            _publish(recipe, crew)
+            return
+        if not waiting:
+            waiting = True
+            holders = " and ".join(sorted({str(holder) for holder in crew.claims.live().values()})) or "other processes"
+            say(f"Waiting for {holders}; {len(finished)} of {len(crew.layout.sizes)} shards are done.")
+        crew.stopping.wait(POLL)
+
+
+def _publish(recipe: Recipe, crew: Crew) -> None:
+    """Write everything besides the shards and give the folder the target's name."""
+    partial, layout = crew.partial, crew.layout
+    folder = partial.writing / f"{FINISH}.{crew.claims.held[FINISH][1].token}"
+    folder.mkdir()
+    model_type = recipe.config["model_type"]
+    write_json(folder / INDEX, layout.index())
+    write_json(folder / CONFIG, recipe.config)
+    copy_side_files(recipe.parent.folder, recipe.kept_side_files, folder, keep=code_files(model_type))
+    if recipe.tokenizer is not None:
+        copy_side_files(recipe.tokenizer, recipe.own_side_files, folder)
+    own = {
+        "checksums_of_model_code": write_model_code(folder, model_type),
+        "checksums_of_tokenizer": {str(file): sha256(folder / file) for file in recipe.own_side_files},
+    }
+    write_atomic(folder / EXPANSION, row_per_line(_record(recipe, partial) | own))
+    partial.publish(folder)
+
+
+def _record(recipe: Recipe, partial: PartialFolder) -> dict[str, Any]:
+    """The plan, and checksums of tensors by name."""
+    checksums = partial.checksums()
+    return recipe.plan.to_json() | {
+        "checksum_of_plan": recipe.plan.digest,
+        "checksum_algorithm": CHECKSUM,
+        "checksum_pieces": {name: len(pieces) for name, pieces in checksums.items() if len(pieces) > 1},
+        "checksums": {name: tensor_checksum(pieces) for name, pieces in checksums.items()},
+    }
+
+
+def _published(recipe: Recipe, partial: PartialFolder) -> bool:
+    """Whether the target is there, complete and of this recipe."""
+    try:
+        record = read_json(partial.target / EXPANSION)
+        sizes = {file.name: file.stat().st_size for file in partial.target.glob("*.safetensors")}
+    except (InputError, OSError):
+        return False
+    return isinstance(record, dict) and sizes == partial.layout.sizes and record.get("checksum_of_plan") == recipe.plan.digest
+
+
+def _check_space(recipe: Recipe, crew: Crew) -> None:
+    """Refuse when what is left to write does not fit the disk; shards in work have their space already."""
+    finished = set(crew.known)
+    left = sum(size for file, size in crew.layout.sizes.items() if file not in finished) + side_file_bytes(recipe.parent)
+    if crew.reflink:
+        left -= sum(
+            _shareable(crew.layout, job)
+            for bundle in recipe.bundles()
+            if str(crew.layout.tensors[bundle.tensors[0]].file) not in finished
+            for job in bundle.jobs
+        )
+    check_space(crew.partial.target, left - crew.partial.reserved())
+
+
+def _shareable(layout: Layout, job: Job) -> int:
+    """Bytes of a job that reflinks save."""
+    starts = [layout.tensors[place.tensor].start + place.offset for place in job.places]
+    if job.nbytes % ALIGNMENT or starts[0] % ALIGNMENT:
+        return 0
+    return job.nbytes * sum(start % ALIGNMENT == 0 for start in starts[1:])
+
+
+def _give_up(crew: Crew, error: BaseException) -> None:
+    """Remove what is unfinished and raise `error`, which says what was kept."""
+    crew.abandon()
+    partial = crew.partial
+    finished, others = [], False
+    with suppress(OSError):
+        finished = partial.finished()
+        others = bool(crew.claims.live().keys() - crew.claims.held.keys())
+    if not finished and not others:
+        partial.remove()
+    if not isinstance(error, EnvironmentFailure | Stopped):
+        raise error
+    kept = "nothing was left behind"
+    if finished or others:
+        count = f"{len(finished)} of {len(crew.layout.sizes)} shards"
+        kept = f"{count} are finished in {partial.folder}, and resume=true goes on with them"
+    raise type(error)(f"{str(error).removesuffix('.')}; {kept}.") from error
+
+
+@contextmanager
+def _stopped_by_signals(stopping: threading.Event) -> Iterator[list[str]]:
+    """The first SIGINT or SIGTERM inside the body sets `stopping` and its name is in the list; a second does its usual work."""
+    names: list[str] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield names
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        names.append(signal.Signals(number).name)
+        stopping.set()
+        restore()
+
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield names
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        restore()

@@ -17,8 +17,10 @@ from moexpand.cli import help
 COMMANDS = {
     "train": "train a checkpoint (or a fresh model) on shards",
     "upcycle": "expand a parent checkpoint into a child, streaming",
+    "calibrate": "run a parent over shards and write how it routes",
     "verify": "prove that every tensor of a child equals its recipe",
     "count": "count parameters by part, in all and active per token",
+    "diff": "show two models' configs and derived sizes side by side",
     "export": "write a run's checkpoint as a Hugging Face folder",
     "logits": "run the engine forward on a Hugging Face folder",
     "data build": "turn PDFs and other sources into shards",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from moexpand.conf.schema import VerifyCommand
 from moexpand.console import Console
-from moexpand.upcycle.meter import Meter
+from moexpand.upcycle.meter import metered
 from moexpand.upcycle.verify import folder_bytes, verify
 
 
@@ -14,9 +14,12 @@ def run(config: VerifyCommand) -> None:
     console = Console(config.plain)
     target = Path(config.target)
     begin = time.monotonic()
-    proof = verify(Path(config.source), target, progress=Meter("verifying", folder_bytes(target), console.line))
+    with metered("verifying", folder_bytes(target), config.plain) as meter:
+        proof = verify(Path(config.source), target, workers=config.workers, progress=meter)
     seconds = time.monotonic() - begin
     console.line(
-        f"{target} is exactly what its plan makes of {config.source}: {proof.tensors:,} tensors, {proof.nbytes / 1e9:,.2f} GB "
+        f"{target} is exactly what its plan makes of {config.source}: {proof.tensors:,} tensors, {proof.nbytes:,} bytes "
         f"compared in {seconds:,.1f} s ({proof.nbytes / seconds / 1e6:,.0f} MB/s)."
     )
+    origin = "is what the placement's name calls for" if proof.map_computed else "is taken from the plan as it stands"
+    console.line(f"The plan: {proof.plan.words()}. Its map {origin}.")

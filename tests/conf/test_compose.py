@@ -51,8 +51,13 @@ def test_defaults_are_those_of_the_schema() -> None:
     ("command", "group", "option"), [(c, g, o) for c in GROUPS for g, os in group_options(c).items() for o in os]
 )
 def test_every_packaged_option_composes(command: str, group: str, option: str) -> None:
-    needed = {"train": NEEDED, "upcycle": ["source=a", "target=b"], "logits": ["checkpoint=a", "tokens=b", "out=c"]}[command]
-    compose(command, [*needed, f"{group}={option}"])
+    needed = {
+        "train": NEEDED,
+        "upcycle": ["source=a", "target=b"],
+        "calibrate": ["checkpoint=a", "data.shards=b", "out=c"],
+        "logits": ["checkpoint=a", "tokens=b", "out=c"],
+    }
+    compose(command, [*needed[command], f"{group}={option}"])
 
 
 def test_every_yaml_file_belongs_to_a_group_of_a_command() -> None:

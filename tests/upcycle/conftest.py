@@ -4,9 +4,12 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.parents import TINY, make_child, make_parent
+from tests.trained_tokenizers import SPECIALS, TEXTS, byte_level, permuted, saved
+from tests.upcycle import calibrations
 
 PLACEMENTS = ("halves_bits", "halves_tile")
 
@@ -35,6 +38,21 @@ def small_parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_parent(tmp_path_factory.mktemp("small") / "parent", **shape)
 
 
+@pytest.fixture(scope="session")
+def top8_parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """32 experts, top-8, fp32: small, and every placement fits 128 experts in 8 groups."""
+    shape = TINY | {"experts": 32, "top_k": 8, "layers": 2, "max_shard_size": "200KB"}
+    return make_parent(tmp_path_factory.mktemp("top8") / "parent", **shape)
+
+
+@pytest.fixture(scope="session")
+def calibration(top8_parent: Path) -> Path:
+    """A calibration folder of `top8_parent`: its own router logits of 160 tokens."""
+    tokens = np.random.default_rng(2).integers(0, TINY["vocab"], (4, 40))
+    logits = calibrations.routed(top8_parent, tokens, 8)
+    return calibrations.write(top8_parent.with_name("calibration"), top8_parent, logits, 8)
+
+
 @pytest.fixture
 def damaged(tmp_path: Path) -> Callable[[Path], Path]:
     """Copies a folder so that a test may damage it."""
@@ -43,3 +61,16 @@ def damaged(tmp_path: Path) -> Callable[[Path], Path]:
         return Path(shutil.copytree(folder, tmp_path / f"damaged_{folder.name}"))
 
     return copy
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """`old`, and others: its tokens under other ids, the same with two more, and one trained on other texts."""
+    base = tmp_path_factory.mktemp("tokenizers")
+    old = byte_level(400)
+    return {
+        "old": saved(old, base / "old"),
+        "permuted": saved(permuted(old), base / "permuted"),
+        "inserted": saved(permuted(old, ("<think>", "<|ts|>")), base / "inserted"),
+        "other": saved(byte_level(470, [*TEXTS[1:], "Wachsende Modelle, wachsende Modelle"], SPECIALS[::-1]), base / "other"),
+    }

@@ -1,17 +1,18 @@
 """The model code inside a child: the routing of this project, loadable by transformers, refused without consent."""
 
 import ast
+import inspect
 import json
 import logging
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeForCausalLM
 
 from moexpand.base import routing
 from moexpand.upcycle.checkpoint import open_checkpoint
-from moexpand.upcycle.model_code import HERE, code_files
+from moexpand.upcycle.model_code import HERE, code_files, shared
 from moexpand.upcycle.model_code.generate import MODELING, generated
 
 
@@ -20,15 +21,17 @@ def child(children: dict[str, Path]) -> Path:
     return children["halves_bits"]
 
 
-def test_the_routing_in_the_model_code_is_the_text_of_base_routing() -> None:
-    assert MODELING.read_text() == generated(), "run python -m moexpand.upcycle.model_code.generate"
+@pytest.mark.parametrize("modeling", MODELING, ids=lambda path: path.stem)
+def test_the_routing_in_the_model_code_is_the_text_of_base_routing(modeling: Path) -> None:
+    assert modeling.read_text() == generated(modeling), "run python -m moexpand.upcycle.model_code.generate"
     ours = {
         node.name: ast.dump(node)
-        for node in ast.parse(Path(routing.__file__).read_text()).body
+        for path in (routing.__file__, shared.__file__)
+        for node in ast.parse(Path(path).read_text()).body
         if isinstance(node, ast.FunctionDef)
     }
-    theirs = {node.name: ast.dump(node) for node in ast.parse(MODELING.read_text()).body if isinstance(node, ast.FunctionDef)}
-    assert {"select_experts", "route"} <= ours.keys()
+    theirs = {node.name: ast.dump(node) for node in ast.parse(modeling.read_text()).body if isinstance(node, ast.FunctionDef)}
+    assert {"select_experts", "route", "fp32_logits"} <= ours.keys()
     assert {name: theirs.get(name) for name in ours} == ours
 
 
@@ -117,3 +120,19 @@ def test_the_balance_loss_counts_the_experts_really_visited(child: Path) -> None
     due = 512 * (counts / rows * sums / rows).sum()
     torch.testing.assert_close(out.aux_loss, due)
     torch.testing.assert_close(out.loss, plain.loss + 0.001 * due)
+
+
+def test_layers_without_experts_stay_dense(child: Path) -> None:
+    config = AutoConfig.from_pretrained(child, trust_remote_code=True, mlp_only_layers=[1])
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    assert [hasattr(layer.mlp, "gate") for layer in model.model.layers] == [True, False]
+    assert model(torch.arange(10)[None]).logits.isfinite().all()
+
+
+def test_the_forward_pass_takes_what_transformers_own_takes(child: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(child, trust_remote_code=True)
+    assert inspect.signature(type(model).forward) == inspect.signature(Qwen3MoeForCausalLM.forward)
+    tokens, mask = torch.arange(24).reshape(2, 12), torch.ones(2, 12, dtype=torch.long)
+    with torch.no_grad():
+        whole, last = model(tokens, mask).logits, model(tokens, mask, logits_to_keep=1, return_dict=False)[0]
+    torch.testing.assert_close(last, whole[:, -1:])

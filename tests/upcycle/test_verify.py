@@ -2,12 +2,15 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from moexpand.base.errors import DIFFERENCE, DONE, WRONG_INPUT, CheckFailed, InputError
@@ -15,8 +18,10 @@ from moexpand.cli import main
 from moexpand.upcycle import verify as verifier
 from moexpand.upcycle import writer
 from moexpand.upcycle.checkpoint import Checkpoint, open_checkpoint
+from moexpand.upcycle.inits import Init
+from moexpand.upcycle.plan import Plan
 from moexpand.upcycle.safetensors_file import TensorInfo
-from moexpand.upcycle.verify import verify
+from moexpand.upcycle.verify import read_expansion, verify
 from tests.parents import TINY, make_child, make_parent
 from tests.upcycle.conftest import PLACEMENTS
 
@@ -86,7 +91,7 @@ def test_a_wrong_router_row_is_named(parent: Path, child: Path) -> None:
     checkpoint = open_checkpoint(child)
     rows = checkpoint.read_numpy(ROUTER)
     _write(checkpoint.info(ROUTER), rows[300].tobytes(), 77 * rows[0].nbytes)
-    with pytest.raises(CheckFailed, match=r"mlp\.gate\.weight differs in 1 rows, first in row 77"):
+    with pytest.raises(CheckFailed, match=r"layers\.0\.mlp\.gate\.weight differs from the plan's rows of .*, in row 77\.$"):
         verify(parent, child)
 
 
@@ -116,6 +121,13 @@ def _drop(header: dict[str, Any]) -> None:
         ("expansion.json", lambda value: value.update(placement="halves_tile"), "slot 1 of layer 0"),
         ("expansion.json", lambda value: value.update(parent="sha256:0"), "another parent"),
         ("expansion.json", lambda value: value.pop("seed"), "is not a plan"),
+        ("expansion.json", lambda value: value.update(seed=1), "was changed since it was written: its plan has the checksum"),
+        ("expansion.json", lambda value: value.update(checksum_of_plan="sha256:0"), "checksum_of_plan is sha256:0"),
+        ("expansion.json", lambda value: value.update(checksum_algorithm="md5"), "checksum_algorithm='md5'"),
+        ("expansion.json", lambda value: value["checksum_pieces"].update({ROUTER: 2}), ROUTER + " equals its recipe"),
+        ("expansion.json", lambda value: value.pop("checksum_pieces"), "no table checksum_pieces"),
+        ("expansion.json", lambda value: value.update(prediction_of_ours=1), "prediction_of_ours, which no expansion writes"),
+        ("model.safetensors.index.json", lambda index: index["metadata"].update(total_size=1), r"'total_size': 1\}\} besides"),
         ("config.json", lambda config: config.update(router_n_groups=4), "router_n_groups=4, but 8"),
         ("config.json", lambda config: config.update(rope_theta=1e4), r"rope_theta=10000\.0, but 1000000\.0"),
         ("config.json", lambda config: config.update(model_type="qwen3_moe"), "model_type='qwen3_moe', but 'qwen3_moe_grouped'"),
@@ -191,3 +203,134 @@ def test_tensors_larger_than_a_piece_are_written_and_compared_whole(
     _write(info, b"\xff\xff", 5000)
     with pytest.raises(CheckFailed, match=r"experts\.40\.up_proj\.weight differs .* at its byte 5,00"):
         verify(parent, child)
+
+
+# ---------------------------------------------------------------- one flipped bit anywhere
+
+KINDS: dict[str, dict[str, Any]] = {
+    "split": {"placement": "block_spread"},
+    "fused": {"placement": "halves_bits", "experts_layout": "fused"},
+    "noise": {"placement": "quarters_spread", "init": Init(router_noise=0.05, expert_noise=0.01, keep_first=False)},
+    "drop, fused": {"placement": "quarters", "experts_layout": "fused", "init": Init(kind="drop", router_noise=0.02)},
+}
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
+    """A bf16 parent of 8 experts and its children of 32; tests that damage one mend it."""
+    base = tmp_path_factory.mktemp("kinds")
+    shape = TINY | {"top_k": 4, "layers": 2, "dtype": "bfloat16"}
+    parent = make_parent(base / "parent", **shape)
+    words = {"num_experts": 32, "num_groups": 4, "default_noise": False, "max_shard_size": "30KB"}
+    folders = {kind: make_child(parent, base / f"child_{number}", **words | KINDS[kind]) for number, kind in enumerate(KINDS)}
+    for child in folders.values():
+        verify(parent, child)
+    return parent, folders
+
+
+@contextmanager
+def _flipped(file: Path, at: int, bit: int) -> Iterator[None]:
+    """One bit of a file is the other, inside the body."""
+
+    def flip() -> None:
+        with open(file, "r+b") as handle:
+            handle.seek(at)
+            byte = handle.read(1)[0]
+            handle.seek(at)
+            handle.write(bytes([byte ^ 1 << bit]))
+
+    flip()
+    try:
+        yield
+    finally:
+        flip()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_one_flipped_bit_in_any_tensor_is_named(kinds: tuple[Path, dict[str, Path]], kind: str, data: st.DataObject) -> None:
+    parent, child = kinds[0], kinds[1][kind]
+    tensors = open_checkpoint(child).tensors
+    info = tensors[data.draw(st.sampled_from(list(tensors)))]
+    at = data.draw(st.integers(0, info.nbytes - 1))
+    with _flipped(info.file, info.start + at, data.draw(st.integers(0, 7))), pytest.raises(CheckFailed) as error:
+        verify(parent, child)
+    assert str(error.value).startswith(f"{info.name} differs ")
+    assert f"at its byte {at:,}" in str(error.value)
+    if len(info.shape) == 3:
+        assert f" in slot {at // (info.nbytes // 32)} " in str(error.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_one_flipped_bit_in_any_header_or_other_file_is_found(
+    kinds: tuple[Path, dict[str, Path]], kind: str, data: st.DataObject
+) -> None:
+    parent, child = kinds[0], kinds[1][kind]
+    sizes = {path: path.stat().st_size for path in sorted(child.iterdir())}
+    sizes |= {info.file: info.start for info in reversed(open_checkpoint(child).tensors.values())}  # up to the first tensor
+    file = data.draw(st.sampled_from(list(sizes)))
+    at = data.draw(st.integers(0, len(file.read_bytes()[: sizes[file]].rstrip()) - 1))
+    before = file.read_bytes()
+    with _flipped(file, at, data.draw(st.integers(0, 7))):
+        if file.suffix == ".json" and _json(before) == _json(file.read_bytes()):
+            return  # 1e-06 and 1E-06 are one number
+        with pytest.raises(CheckFailed) as error:
+            verify(parent, child)
+    assert "\n" not in str(error.value)
+    assert str(error.value).endswith(".")
+    names = [file.name, *(info.name for info in open_checkpoint(child).tensors.values() if info.file == file)]
+    assert any(name in str(error.value) for name in names), str(error.value)
+
+
+def _json(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except ValueError:
+        return data
+
+
+def test_two_swapped_experts_of_a_stack_are_both_named(
+    kinds: tuple[Path, dict[str, Path]], damaged: Callable[[Path], Path]
+) -> None:
+    child = damaged(kinds[1]["fused"])
+    info = open_checkpoint(child).info("model.layers.1.mlp.experts.down_proj")
+    rows = open_checkpoint(child).read_numpy(info.name)
+    for slot, other in ((0, 30), (30, 0)):
+        _write(info, rows[other].tobytes(), slot * rows[0].nbytes)
+    with pytest.raises(CheckFailed) as error:
+        verify(kinds[0], child)
+    assert [f"{info.name} differs in slot {slot} from" in str(error.value) for slot in (0, 30, 29)] == [True, True, False]
+
+
+def test_many_differences_are_counted(kinds: tuple[Path, dict[str, Path]], damaged: Callable[[Path], Path]) -> None:
+    child = damaged(kinds[1]["split"])
+    for slot in range(8):
+        _write(open_checkpoint(child).info(EXPERT.format(slot)), b"\xff" * 4)
+    with pytest.raises(CheckFailed, match=r"\(and 3 more\)\.$"):
+        verify(kinds[0], child)
+
+
+# ---------------------------------------------------------------- maps
+
+
+def test_a_map_of_ones_own_is_accepted_under_that_name_alone(
+    kinds: tuple[Path, dict[str, Path]], damaged: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    parent, folders = kinds
+    row = list(read_expansion(folders["split"]).plan.slot_to_parent[1])
+    row[0], row[-1] = row[-1], row[0]
+    (tmp_path / "map.json").write_text(json.dumps(row))
+    own = make_child(parent, tmp_path / "own", num_experts=32, num_groups=4, placement="map", map=tmp_path / "map.json")
+    proof = verify(parent, own)
+    assert not proof.map_computed
+    assert verify(parent, folders["split"]).map_computed
+    for placement, says in (("block_spread", "maps slot 0 of layer 0 to expert"), ("ranked", "group 0 of layer 0 in a way that")):
+        renamed = damaged(own) if placement == "block_spread" else own
+        value = json.loads((renamed / "expansion.json").read_text()) | {"placement": placement}
+        value["checksum_of_plan"] = Plan.from_json(value, "here").digest
+        (renamed / "expansion.json").write_text(json.dumps(value))
+        with pytest.raises(CheckFailed, match=rf'{says}.*"placement": "map"'):
+            verify(parent, renamed)

@@ -5,7 +5,10 @@ from pathlib import Path
 from moexpand.base.files import sha256, write_atomic
 
 HERE = Path(__file__).parent
-CODE = {"qwen3_moe_grouped": ("configuration_qwen3_moe_grouped.py", "modeling_qwen3_moe_grouped.py")}
+CODE = {
+    model_type: (f"configuration_{model_type}.py", f"modeling_{model_type}.py")
+    for model_type in ("qwen3_moe_grouped", "qwen3_vl_moe_grouped")
+}
 
 
 def code_files(model_type: str) -> tuple[str, ...]:

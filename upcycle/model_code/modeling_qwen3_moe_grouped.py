@@ -4,15 +4,16 @@ Everything but the router is transformers' own. Router logits are computed in fp
 fp32 (stock Qwen3-MoE computes them in the model's dtype), as the model was trained.
 """
 
+from functools import wraps
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.qwen3_moe.modeling_qwen3_moe import (
     Qwen3MoeForCausalLM,
     Qwen3MoeModel,
     Qwen3MoePreTrainedModel,
+    Qwen3MoeSparseMoeBlock,
     Qwen3MoeTopKRouter,
 )
 from transformers.utils import can_return_tuple
@@ -23,7 +24,7 @@ from .configuration_qwen3_moe_grouped import Qwen3MoeGroupedConfig
 register_checkpoint_conversion_mapping("qwen3_moe_grouped", get_checkpoint_conversion_mapping("qwen3_moe"), overwrite=True)
 
 
-# ---- routing: begin (text of moexpand/base/routing.py)
+# ---- routing: begin (text of moexpand/base/routing.py and moexpand/upcycle/model_code/shared.py)
 def select_experts(scores_TE: torch.Tensor, top_k: int, groups: int = 1) -> torch.Tensor:
     """The K / G best experts of every group; equal scores go to the lowest index.
 
@@ -104,69 +105,11 @@ def balance_loss(
     return (probability_sums_E * counts_E).sum() * experts / (tokens * tokens * top_k)
 
 
-# ---- routing: end
-
-
-class Qwen3MoeGroupedRouter(Qwen3MoeTopKRouter):
-    """The best top_k / groups experts of every group of consecutive experts."""
-
-    def __init__(self, config: Qwen3MoeGroupedConfig) -> None:
-        super().__init__(config)
-        self.groups = config.router_n_groups
-
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        hidden_states = hidden_states.reshape(-1, self.hidden_dim)
-        wide = torch.promote_types(hidden_states.dtype, torch.float32)
-        with torch.autocast(device_type=hidden_states.device.type, enabled=False):
-            logits = nn.functional.linear(hidden_states.to(wide), self.weight.to(wide))
-        weights, chosen, _ = route(logits, self.top_k, self.groups, renormalise=self.norm_topk_prob)
-        return logits, weights.to(hidden_states.dtype), chosen
-
-
-class Qwen3MoeGroupedPreTrainedModel(Qwen3MoePreTrainedModel):
-    config: Qwen3MoeGroupedConfig
-    config_class = Qwen3MoeGroupedConfig
-    # transformers looks into this file for the decorator that lets experts run as one grouped product; it stands in qwen3_moe,
-    # where the experts are.
-    _can_set_experts_implementation_cached_value = True
-
-
-class Qwen3MoeGroupedModel(Qwen3MoeGroupedPreTrainedModel, Qwen3MoeModel):
-    def __init__(self, config: Qwen3MoeGroupedConfig) -> None:
-        super().__init__(config)
-        for layer in self.layers:
-            layer.mlp.gate = Qwen3MoeGroupedRouter(config)
-        self.post_init()
-
-
-class Qwen3MoeGroupedForCausalLM(Qwen3MoeGroupedPreTrainedModel, Qwen3MoeForCausalLM):
-    def __init__(self, config: Qwen3MoeGroupedConfig) -> None:
-        super().__init__(config)
-        self.model = Qwen3MoeGroupedModel(config)
-        # The stock balance loss counts a plain top-k of the logits; this model visits other experts, so `forward` adds its own.
-        self.router_aux_loss_coef = 0.0
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        *args: Any,
-        attention_mask: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        output_router_logits: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        wanted = self.config.output_router_logits if output_router_logits is None else output_router_logits
-        outputs = super().forward(
-            *args, attention_mask=attention_mask, labels=labels, output_router_logits=wanted, **kwargs, return_dict=True
-        )
-        if wanted:
-            outputs.aux_loss = grouped_balance_loss(
-                outputs.router_logits, self.num_experts_per_tok, self.config.router_n_groups, attention_mask
-            )
-            if labels is not None:
-                outputs.loss = outputs.loss + self.config.router_aux_loss_coef * outputs.aux_loss.to(outputs.loss.device)
-        return outputs
+def fp32_logits(x_TH: torch.Tensor, weight_EH: torch.Tensor) -> torch.Tensor:
+    """Logits [T, E] in fp32 or wider, whatever the model's dtype and autocast are."""
+    wide = torch.promote_types(x_TH.dtype, torch.float32)
+    with torch.autocast(device_type=x_TH.device.type, enabled=False):
+        return torch.nn.functional.linear(x_TH.to(wide), weight_EH.to(wide))
 
 
 def grouped_balance_loss(
@@ -185,6 +128,71 @@ def grouped_balance_loss(
     _, chosen, probabilities = route(logits, top_k, groups)
     counts = torch.zeros(logits.shape[1], device=logits.device).index_add(0, chosen.flatten(), counted.repeat_interleave(top_k))
     return balance_loss((probabilities * counted[:, None]).sum(0), counts, counted.sum(), top_k) * top_k
+
+
+# ---- routing: end
+
+
+class Qwen3MoeGroupedRouter(Qwen3MoeTopKRouter):
+    """The best top_k / groups experts of every group of consecutive experts."""
+
+    def __init__(self, config: Qwen3MoeGroupedConfig) -> None:
+        super().__init__(config)
+        self.groups = config.router_n_groups
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logits = fp32_logits(hidden_states.reshape(-1, self.hidden_dim), self.weight)
+        weights, chosen, _ = route(logits, self.top_k, self.groups, renormalise=self.norm_topk_prob)
+        return logits, weights.to(hidden_states.dtype), chosen
+
+
+class Qwen3MoeGroupedPreTrainedModel(Qwen3MoePreTrainedModel):
+    config: Qwen3MoeGroupedConfig
+    config_class = Qwen3MoeGroupedConfig
+    # transformers looks into this file for the decorator that lets experts run as one grouped product; it stands in qwen3_moe,
+    # where the experts are.
+    _can_set_experts_implementation_cached_value = True
+
+
+class Qwen3MoeGroupedModel(Qwen3MoeGroupedPreTrainedModel, Qwen3MoeModel):
+    def __init__(self, config: Qwen3MoeGroupedConfig) -> None:
+        super().__init__(config)
+        for layer in self.layers:
+            if isinstance(layer.mlp, Qwen3MoeSparseMoeBlock):
+                layer.mlp.gate = Qwen3MoeGroupedRouter(config)
+        self.post_init()
+
+
+class Qwen3MoeGroupedForCausalLM(Qwen3MoeGroupedPreTrainedModel, Qwen3MoeForCausalLM):
+    def __init__(self, config: Qwen3MoeGroupedConfig) -> None:
+        super().__init__(config)
+        self.model = Qwen3MoeGroupedModel(config)
+        # The stock balance loss counts a plain top-k of the logits; this model visits other experts, so `forward` adds its own.
+        self.router_aux_loss_coef = 0.0
+        self.post_init()
+
+    @can_return_tuple
+    @wraps(Qwen3MoeForCausalLM.forward)  # generation decides by the signature what it computes and hands over
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        *args: Any,
+        labels: torch.Tensor | None = None,
+        output_router_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        wanted = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        outputs = super().forward(
+            input_ids, attention_mask, *args, labels=labels, output_router_logits=wanted, **kwargs, return_dict=True
+        )
+        if wanted:
+            outputs.aux_loss = grouped_balance_loss(
+                outputs.router_logits, self.num_experts_per_tok, self.config.router_n_groups, attention_mask
+            )
+            if labels is not None:
+                outputs.loss = outputs.loss + self.config.router_aux_loss_coef * outputs.aux_loss.to(outputs.loss.device)
+        return outputs
 
 
 __all__ = ["Qwen3MoeGroupedForCausalLM", "Qwen3MoeGroupedModel", "Qwen3MoeGroupedPreTrainedModel"]

@@ -1,0 +1,264 @@
+"""An expansion that was stopped, at whatever moment, or shared by several processes, ends in the same bytes."""
+
+import errno
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moexpand.base.errors import STOPPED, WRONG_INPUT, EnvironmentFailure, InputError
+from moexpand.upcycle import claims, writer
+from moexpand.upcycle.writer import expand
+from tests.upcycle.expanding import hashes, recipe_of, start, write_parent
+
+SHARD = "150KB"
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_parent(tmp_path_factory.mktemp("resume") / "parent")
+
+
+@pytest.fixture(scope="module")
+def whole(parent: Path) -> dict[str, str]:
+    """SHA-256 of every file of a child that was written without interruption."""
+    expand(recipe_of(parent), parent.with_name("whole"), max_shard_size=SHARD, workers=1)
+    return hashes(parent.with_name("whole"))
+
+
+def partial_of(target: Path) -> Path:
+    return target.with_name(f".{target.name}.partial")
+
+
+class Interrupted(Exception):
+    """What a test throws into the writer."""
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, shards: int, error: Callable[[], BaseException]) -> None:
+    """Fail when shard number `shards` + 1 would be finished."""
+    real, count = writer.PartialFolder.finish, [0]
+
+    def finish(self: writer.PartialFolder, *arguments: object) -> None:
+        count[0] += 1
+        if count[0] > shards:
+            raise error()
+        real(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(writer.PartialFolder, "finish", finish)
+
+
+def disk_full() -> OSError:
+    return OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_any_number_of_workers_gives_the_same_files(parent: Path, whole: dict[str, str], tmp_path: Path, workers: int) -> None:
+    summary = expand(recipe_of(parent), tmp_path / "child", max_shard_size=SHARD, workers=workers)
+    assert hashes(tmp_path / "child") == whole
+    assert summary.shards == sum(name.endswith(".safetensors") for name in whole) > 10
+    assert summary.bytes_read < summary.bytes_written
+    assert summary.resumed == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["child"]
+
+
+def test_a_failure_keeps_finished_shards_and_resume_goes_on(
+    parent: Path, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "child"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3, disk_full)
+        with pytest.raises(EnvironmentFailure, match=r"disk is full .*; 3 of \d+ shards are finished in .*resume=true goes on"):
+            expand(recipe_of(parent), target, max_shard_size=SHARD, workers=1)
+    assert not target.exists()
+    assert list((partial_of(target) / "writing").iterdir()) == []
+    with pytest.raises(InputError, match=r"unfinished expansion stands in .*resume=true"):
+        expand(recipe_of(parent), target, max_shard_size=SHARD)
+    found: list[int] = []
+    summary = expand(recipe_of(parent), target, max_shard_size=SHARD, resume=True, found=found.append)
+    assert summary.resumed == 3
+    assert len(found) == 3
+    assert hashes(target) == whole
+    assert not partial_of(target).exists()
+
+
+def test_a_failure_before_the_first_shard_leaves_nothing(parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_after(monkeypatch, 0, disk_full)
+    with pytest.raises(EnvironmentFailure, match="nothing was left behind"):
+        expand(recipe_of(parent), tmp_path / "child", max_shard_size=SHARD)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_of_another_kind_cleans_up_and_is_raised_as_it_is(
+    parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_after(monkeypatch, 0, lambda: Interrupted("as it is"))
+    with pytest.raises(Interrupted, match=r"^as it is$"):
+        expand(recipe_of(parent), tmp_path / "child", max_shard_size=SHARD)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"seed": 7}, "seed=0, not seed=7"),
+        ({"router_noise": 0.5}, "router_noise=0.0, not router_noise=0.5"),
+        ({"max_shard_size": "200KB"}, "max_shard_size=150000, not max_shard_size=200000"),
+    ],
+)
+def test_changed_parameters_are_refused_by_name(
+    parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, object], says: str
+) -> None:
+    target = tmp_path / "child"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2, disk_full)
+        with pytest.raises(EnvironmentFailure):
+            expand(recipe_of(parent), target, max_shard_size=SHARD)
+    words: dict[str, object] = {"max_shard_size": change.pop("max_shard_size", SHARD)}
+    with pytest.raises(InputError, match=says):
+        expand(recipe_of(parent, **change), target, resume=True, **words)  # type: ignore[arg-type]
+
+
+def test_a_finished_shard_that_was_damaged_since_is_written_again(
+    parent: Path, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "child"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4, disk_full)
+        with pytest.raises(EnvironmentFailure):
+            expand(recipe_of(parent), target, max_shard_size=SHARD, workers=1)
+    first, second, third, _ = sorted((partial_of(target) / "child").iterdir())
+    first.unlink()
+    os.truncate(second, 5000)
+    with open(third, "r+b") as file:
+        file.write(b"12345678")
+    assert expand(recipe_of(parent), target, max_shard_size=SHARD, resume=True).resumed == 1
+    assert hashes(target) == whole
+
+
+def test_resuming_what_is_complete_changes_nothing(parent: Path, whole: dict[str, str], tmp_path: Path) -> None:
+    target = tmp_path / "child"
+    expand(recipe_of(parent), target, max_shard_size=SHARD)
+    assert expand(recipe_of(parent), target, max_shard_size=SHARD, resume=True).bytes_written == 0
+    assert hashes(target) == whole
+    with pytest.raises(InputError, match="exists already"):
+        expand(recipe_of(parent, seed=1), target, max_shard_size=SHARD, resume=True)
+
+
+def test_resume_goes_on_with_a_folder_whose_maker_died_at_once(parent: Path, whole: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / ".child.partial" / "claims").mkdir(parents=True)
+    expand(recipe_of(parent), tmp_path / "child", max_shard_size=SHARD, resume=True)
+    assert hashes(tmp_path / "child") == whole
+
+
+def test_resume_removes_what_a_process_left_that_was_killed_after_publishing(parent: Path, tmp_path: Path) -> None:
+    expand(recipe_of(parent), tmp_path / "child", max_shard_size=SHARD)
+    (tmp_path / ".child.partial" / "manifests").mkdir(parents=True)
+    expand(recipe_of(parent), tmp_path / "child", max_shard_size=SHARD, resume=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["child"]
+
+
+def test_resume_without_anything_to_resume_begins(parent: Path, whole: dict[str, str], tmp_path: Path) -> None:
+    expand(recipe_of(parent), tmp_path / "child", max_shard_size=SHARD, resume=True)
+    assert hashes(tmp_path / "child") == whole
+
+
+def test_a_folder_of_something_else_is_not_resumed(parent: Path, tmp_path: Path) -> None:
+    (tmp_path / ".child.partial").mkdir()
+    (tmp_path / ".child.partial" / "precious.txt").touch()
+    with pytest.raises(InputError, match="is not an unfinished expansion"):
+        expand(recipe_of(parent), tmp_path / "child", resume=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_in_order_and_resume_goes_on(
+    parent: Path, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    target = tmp_path / "child"
+    process = start(parent, target, max_shard_size=SHARD, workers=1)
+    while not target.exists() and not list(partial_of(target).glob("manifests/*.json")):
+        time.sleep(0.001)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    if process.returncode:  # otherwise the last shards were quicker than the signal
+        assert process.returncode == STOPPED, said
+        assert f"Stopped by {signal.Signals(number).name};" in said
+        assert said.count("\n") == 1
+        assert list((partial_of(target) / "writing").iterdir()) == []
+        expand(recipe_of(parent), target, max_shard_size=SHARD, resume=True)
+    assert hashes(target) == whole
+
+
+def test_processes_share_the_work(parent: Path, whole: dict[str, str], tmp_path: Path) -> None:
+    target = tmp_path / "child"
+    processes = [start(parent, target, max_shard_size=SHARD, workers=1, resume=True) for _ in range(3)]
+    said = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], said
+    assert hashes(target) == whole
+    written = [json.loads(out)["bytes_written"] for out, _ in said]
+    alone = expand(recipe_of(parent), tmp_path / "alone", max_shard_size=SHARD).bytes_written
+    assert sum(written) == alone  # no shard was written twice
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "child"]
+
+
+def test_a_process_takes_over_the_shards_of_one_that_died(parent: Path, whole: dict[str, str], tmp_path: Path) -> None:
+    target = tmp_path / "child"
+    first = start(parent, target, max_shard_size=SHARD, workers=1)
+    while not list(partial_of(target).glob("writing/*")):
+        time.sleep(0.001)
+    first.send_signal(signal.SIGSTOP)
+    second = start(parent, target, max_shard_size=SHARD, workers=1, resume=True)
+    while len(list(partial_of(target).glob("manifests/*.json"))) < len(whole) // 2:
+        time.sleep(0.01)
+    assert second.poll() is None  # waits for the shard that the first one, alive, holds
+    first.kill()
+    began = time.monotonic()
+    _, said = second.communicate(timeout=120)
+    first.communicate()
+    assert second.returncode == 0, said
+    assert time.monotonic() - began < claims.PATIENCE / 2  # a dead process on this host is known to be dead
+    assert hashes(target) == whole
+
+
+def test_a_second_process_without_resume_is_refused(parent: Path, tmp_path: Path) -> None:
+    target = tmp_path / "child"
+    first = start(parent, target, max_shard_size=SHARD, workers=1)
+    while not partial_of(target).exists():
+        time.sleep(0.001)
+    first.send_signal(signal.SIGSTOP)
+    second = start(parent, target, max_shard_size=SHARD, workers=1)
+    _, said = second.communicate(timeout=60)
+    assert (second.returncode, said.count("\n")) == (WRONG_INPUT, 1), said
+    first.send_signal(signal.SIGCONT)
+    first.communicate(timeout=60)
+    assert first.returncode == 0
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(600)
+def test_twenty_kills_at_random_moments_end_in_the_same_files(tmp_path: Path) -> None:
+    parent = write_parent(tmp_path / "parent", layers=8, hidden=512, intermediate=512, shard="20MB")
+    usual = expand(recipe_of(parent), tmp_path / "whole", max_shard_size="5MB").seconds
+    due = hashes(tmp_path / "whole")
+    moment, kills, rounds = random.Random(0), 0, 0
+    while kills < 20:
+        rounds += 1
+        target = tmp_path / f"child{rounds}"
+        while not target.exists():
+            process = start(parent, target, max_shard_size="5MB", workers=2, resume=partial_of(target).exists())
+            while process.poll() is None and not partial_of(target).exists() and not target.exists():
+                time.sleep(0.001)
+            if kills < 20:
+                time.sleep(moment.uniform(0.0, usual))
+                kills += process.poll() is None
+                process.kill()
+            _, said = process.communicate(timeout=120)
+            assert process.returncode in (0, -signal.SIGKILL), said
+        expand(recipe_of(parent), target, max_shard_size="5MB", resume=True)  # killed between the renaming and the end, perhaps
+        assert hashes(target) == due
+    assert rounds <= kills
+    assert {path.name for path in tmp_path.iterdir()} == {"parent", "whole", *(f"child{number + 1}" for number in range(rounds))}

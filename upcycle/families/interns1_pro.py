@@ -1,0 +1,90 @@
+"""Intern-S1-Pro: a decoder that routes in groups itself, the tower of Qwen3-VL without DeepStack, FoPE tables, time series."""
+
+import math
+from typing import Any
+
+from moexpand.upcycle.families.qwen3_vl_moe import vision_config
+from moexpand.upcycle.family import Config, Family
+from moexpand.upcycle.safetensors_file import Shape
+from moexpand.upcycle.towers import qwen3_vl_tower
+
+
+def _tower(config: Config, where: str) -> dict[str, Shape]:
+    return qwen3_vl_tower(vision_config(config, where), "model.visual.", deepstack=False)
+
+
+def _fope_tables(config: Config, where: str) -> dict[str, Shape]:
+    """The coefficients of Fourier position embedding (arXiv 2412.17739), one square table a key/value head, or one for all.
+
+    A table has a row for each rotary frequency that turns at least once within the longest sequence.
+    """
+    text = config["text_config"]
+    rules: dict[str, Any] = (text.get("rope_scaling") or {}) | (text.get("rope_parameters") or {})
+    if all(rules.get(key) is None for key in ("fope_init_factor", "fope_sep_head", "num_inv_freq")):
+        return {}
+    theta = float(text.get("rope_theta") or rules["rope_theta"])
+    slowest = 2 * math.pi / text["max_position_embeddings"]
+    turning = sum(theta ** (-2 * i / text["head_dim"]) > slowest for i in range(text["head_dim"] // 2))
+    size = rules.get("num_inv_freq") or turning
+    shape = (text["num_key_value_heads"], size, size) if rules.get("fope_sep_head") else (size, size)
+    return {f"model.language_model.rotary_emb.{name}": shape for name in ("sin_coef", "cos_coef")}
+
+
+FAMILIES = (
+    Family(
+        model_type="interns1_pro",
+        class_name="InternS1ProForConditionalGeneration",
+        child="interns1_pro",
+        text="text_config",
+        prefix="model.language_model.",
+        carried=_tower,
+        buffers=_fope_tables,
+        free=("model.time_series.",),
+    ),
+)
+
+PRESETS = {
+    "Intern-S1-Pro": {
+        "architectures": ["InternS1ProForConditionalGeneration"],
+        "model_type": "interns1_pro",
+        "tie_word_embeddings": False,
+        "text_config": {
+            "attention_bias": False,
+            "decoder_sparse_step": 1,
+            "dtype": "bfloat16",
+            "head_dim": 128,
+            "hidden_act": "silu",
+            "hidden_size": 4096,
+            "intermediate_size": 12_288,
+            "max_position_embeddings": 262_144,
+            "mlp_only_layers": [],
+            "model_type": "interns1_pro_text",
+            "moe_intermediate_size": 1536,
+            "norm_topk_prob": True,
+            "num_attention_heads": 64,
+            "num_experts": 512,
+            "num_experts_per_tok": 8,
+            "num_hidden_layers": 94,
+            "num_key_value_heads": 4,
+            "rms_norm_eps": 1e-6,
+            "rope_scaling": {"rope_type": "default", "fope_init_factor": 0.5, "fope_sep_head": True, "num_inv_freq": None},
+            "rope_theta": 5_000_000.0,
+            "router_n_groups": 8,
+            "vocab_size": 155_008,
+        },
+        "vision_config": {
+            "depth": 24,
+            "hidden_act": "gelu_pytorch_tanh",
+            "hidden_size": 1024,
+            "in_channels": 3,
+            "intermediate_size": 4096,
+            "model_type": "interns1_pro_vision",
+            "num_heads": 16,
+            "num_position_embeddings": 2304,
+            "out_hidden_size": 4096,
+            "patch_size": 16,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+        },
+    }
+}

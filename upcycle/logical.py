@@ -1,0 +1,140 @@
+"""A model's decoder as the engine reads it, tensor by tensor and each expert's matrix for itself, wherever its bytes come from:
+
+a checkpoint folder of any layout, or a parent and the plan of a child that has never been written.
+"""
+
+import re
+from functools import cached_property, lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from moexpand.upcycle.architecture import Architecture
+from moexpand.upcycle.checkpoint import Checkpoint
+from moexpand.upcycle.family import Config
+from moexpand.upcycle.matrices import read_matrix
+from moexpand.upcycle.recipe import Recipe
+from moexpand.upcycle.tensors import expected_tensors
+
+if TYPE_CHECKING:
+    import torch
+
+EXPERT_NAME = re.compile(r"\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(.+)$")
+
+
+class Weights(Protocol):
+    """The tensors of a decoder by the names of split files."""
+
+    folder: Path
+    """Where the bytes lie, and the side files."""
+    side_files: list[Path]
+    """Those that go with the model, relative to `folder`; no tokenizer when the model has another vocabulary."""
+    config: Config
+    architecture: Architecture
+
+    @property
+    def names(self) -> list[str]:
+        """All tensors, in the order of the model."""
+
+    def read_torch(self, name: str, rows: slice | None = None) -> "torch.Tensor":
+        """A tensor, or a contiguous range of its rows, as a CPU tensor of its stored dtype; reads no other expert's bytes."""
+
+    def order(self, name: str) -> tuple[int, ...]:
+        """Key to sort by, stably, when many tensors are to be read: those that come from the same bytes follow each other."""
+
+
+class StoredWeights:
+    """The decoder of a checkpoint folder."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.folder, self.side_files = checkpoint.folder, list(checkpoint.side_files)
+        self.config, self.architecture = checkpoint.config, checkpoint.architecture
+
+    @cached_property
+    def names(self) -> list[str]:
+        return list(expected_tensors(self.architecture))
+
+    def read_torch(self, name: str, rows: slice | None = None) -> "torch.Tensor":
+        expert = expert_of(name)
+        if expert is None:
+            return self.checkpoint.read_torch(name, rows)
+        return as_torch(read_matrix(self.checkpoint, *expert)[rows or slice(None)])
+
+    def order(self, name: str) -> tuple[int, ...]:
+        return ()
+
+
+class ExpandedWeights:
+    """The decoder of the child that a recipe describes, made while it is read; it equals the written child bit for bit.
+
+    The parent's expert that was read last is kept, so whoever reads by `order` reads each expert that it needs once.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe, self.parent = recipe, recipe.parent
+        self.folder, self.side_files = recipe.parent.folder, recipe.kept_side_files
+        self.config, self.architecture = recipe.config, recipe.architecture
+        self._routers = {recipe.family.router_name(layer): layer for layer in self.architecture.moe_layers}
+        self._source = lru_cache(maxsize=len(recipe.matrices))(partial(_read_unchangeable, recipe.parent))
+
+    @cached_property
+    def names(self) -> list[str]:
+        return list(expected_tensors(self.architecture))
+
+    def read_torch(self, name: str, rows: slice | None = None) -> "torch.Tensor":
+        expert, family = expert_of(name), self.recipe.family
+        if expert is not None:
+            layer, slot, matrix = expert
+            source = self._source(layer, self.recipe.plan.slot_to_parent[layer][slot], matrix)
+            return as_torch(self.recipe.matrix(layer, slot, matrix, source)[rows or slice(None)])
+        if name in self._routers:
+            return as_torch(self.recipe.router(self._routers[name])[rows or slice(None)])
+        if self.recipe.plan.vocabulary is not None and name in (family.embedding_name(), family.head):
+            start, stop, _ = (rows or slice(None)).indices(self.architecture.vocab_size)
+            return as_torch(self.recipe.vocabulary_rows(name, start, stop))
+        return self.parent.read_torch(name, rows)
+
+    def order(self, name: str) -> tuple[int, ...]:
+        expert = expert_of(name)
+        return (-1,) if expert is None else (expert[0], self.recipe.plan.slot_to_parent[expert[0]][expert[1]])
+
+
+def _read_unchangeable(parent: Checkpoint, layer: int, expert: int, matrix: str) -> np.ndarray:
+    values = read_matrix(parent, layer, expert, matrix)
+    values.setflags(write=False)  # several copies are made of it
+    return values
+
+
+def expert_of(name: str) -> tuple[int, int, str] | None:
+    """Layer, expert and matrix that a tensor of a split file holds; None for all others."""
+    found = EXPERT_NAME.search(name)
+    return None if found is None else (int(found[1]), int(found[2]), found[3])
+
+
+def as_torch(array: np.ndarray) -> "torch.Tensor":
+    """A tensor of the same dtype; bf16 and fp8 of ml_dtypes become torch's."""
+    import torch
+
+    array = np.ascontiguousarray(array)
+    if array.dtype.kind != "V" and not array.dtype.name.startswith(("bfloat", "float8")):
+        return torch.from_numpy(array if array.flags.writeable else array.copy())
+    bits = array.view(np.uint16 if array.itemsize == 2 else np.uint8)
+    return torch.from_numpy(bits if bits.flags.writeable else bits.copy()).view(getattr(torch, array.dtype.name))
+
+
+def unsupported(checkpoint: Checkpoint) -> str:
+    """What of a checkpoint's decoder no forward pass here computes; empty when there is nothing."""
+    arch, family = checkpoint.architecture, checkpoint.family
+    if family.text:
+        return f"model_type={arch.model_type}; the engine trains text models alone (qwen3_moe and its grouped children)"
+    if arch.rope_type != "default":
+        return f"rope_type={arch.rope_type}; the engine computes plain rotary embedding (default) alone"
+    if arch.sliding_window is not None:
+        return f"sliding_window={arch.sliding_window}; the engine computes full attention alone"
+    if len(arch.moe_layers) < arch.num_hidden_layers:
+        return "layers without experts (mlp_only_layers, decoder_sparse_step); the engine computes layers with experts alone"
+    if checkpoint.config.get("quantization_config"):
+        return "FP8 weights; the engine reads bf16, fp16 and fp32 ones"
+    return ""
