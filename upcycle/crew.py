@@ -163,7 +163,7 @@ class Crew:
             try:
                 self.partial.finish(shard.file, shard.path, checksums)
             except OSError:
-                if self._ours(shard):
+                if self._ours(shard) and not self.partial.is_finished(shard.file):
                     raise
                 shard.path.unlink(missing_ok=True)
             else:

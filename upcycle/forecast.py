@@ -110,7 +110,7 @@ def _speed(target: Path, free: int) -> float | None:
 
 
 def _memory(recipe: Recipe, workers: int) -> int:
-    """Each worker holds a piece; what is made and not copied is there twice, as it was read and as it will be."""
+    """Each worker holds a piece; what is made and not copied is there up to four times: read, joined, changed, in order."""
     vocabulary = (recipe.family.embedding_name(), recipe.family.head)
     made = [
         job.nbytes
@@ -118,4 +118,4 @@ def _memory(recipe: Recipe, workers: int) -> int:
         for job in bundle.jobs
         if isinstance(job.content, Made) and bundle.tensors[0] not in vocabulary
     ]
-    return BASE_MEMORY + (workers or default_workers()) * (PIECE + 2 * max(made, default=0))
+    return BASE_MEMORY + (workers or default_workers()) * (PIECE + 4 * max(made, default=0))

@@ -1,6 +1,6 @@
 """The folder beside the target where an expansion grows until one rename publishes it.
 
-    .NAME.partial/
+    .NAME.expanding/
         expansion.partial.json   what decides every byte: a second process, or one that resumes, must ask for the same
         claims/                  who writes which shard
         writing/                 shards in work, under names of their writers
@@ -12,6 +12,7 @@ A shard is finished when its manifest exists: it is synced and renamed into `chi
 
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -24,6 +25,8 @@ from moexpand.upcycle.claims import Claims
 from moexpand.upcycle.layout import Layout
 
 IDENTITY = "expansion.partial.json"
+EXPANDING = ".expanding"
+"""Not the ending of folders that other commands build and clear away."""
 SHOWN = 60
 """Characters of a value that a message shows."""
 
@@ -38,7 +41,7 @@ class PartialFolder:
 
     def __init__(self, target: Path, layout: Layout) -> None:
         self.target, self.layout = Path(target), layout
-        self.folder = self.target.with_name(f".{self.target.name}{PARTIAL}")
+        self.folder = self.target.with_name(f".{self.target.name}{EXPANDING}")
         self.claims, self.writing, self.child, self.manifests = (
             self.folder / name for name in ("claims", "writing", "child", "manifests")
         )
@@ -54,6 +57,11 @@ class PartialFolder:
             EnvironmentFailure: the folder cannot be made.
         """
         refuse_existing(self.target)
+        if self.target.is_symlink() or self.target.is_mount():
+            raise InputError(
+                f"{self.target} is a link or a mount point, which no folder can be renamed to; give a folder that does not exist "
+                "yet, inside it for instance."
+            )
         with disk_errors(f"writing {self.target}"):
             self.target.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -84,7 +92,13 @@ class PartialFolder:
                 raise InputError(f"{self.folder} is not an unfinished expansion, since it holds {path.name}; remove it.")
         for part in parts:
             part.mkdir(exist_ok=True)
-        write_json(self.folder / IDENTITY, dict(identity))
+        # Whoever comes first decides, and a second one, which may be here at the same time, reads what the first has written.
+        mine = self.writing / f"identity.{secrets.token_hex(4)}"
+        write_json(mine, dict(identity))
+        with suppress(FileExistsError):
+            os.link(mine, self.folder / IDENTITY)
+        mine.unlink(missing_ok=True)
+        fsync_folder(self.folder)
 
     def _forget_broken(self) -> None:
         """Remove manifests whose shard is not there as it was written, so that it is written again."""

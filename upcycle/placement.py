@@ -18,7 +18,7 @@ import numpy as np
 
 from moexpand.base.errors import InputError
 from moexpand.base.files import read_json
-from moexpand.base.random import generator
+from moexpand.base.random import generator, raw_integers
 from moexpand.upcycle.copies import copy_counts, deal
 from moexpand.upcycle.spread import partition
 
@@ -278,7 +278,9 @@ def _even_bits(parents: int) -> int:
 
 def _random(request: Request) -> np.ndarray:
     draw = generator(request.seed, "placement", request.layer)
-    pairs = [draw.permutation(request.parents).reshape(request.parts, -1) for _ in range(request.groups // request.parts)]
+    # By sorted raw integers: numpy promises their stream for good, and not that of `permutation`.
+    orders = [np.argsort(raw_integers(draw, request.parents), kind="stable") for _ in range(request.groups // request.parts)]
+    pairs = [order.reshape(request.parts, -1) for order in orders]
     return np.sort(np.concatenate(pairs), axis=1)
 
 

@@ -200,15 +200,15 @@ class Recipe:
             yield as_bytes(self.vocabulary_rows(name, start, min(start + step, rows)))
 
     def _experts(self, layer: int) -> Iterator[Bundle]:
-        """One bundle for each expert of the parent with all its copies; in fused files all share the layer's stacks."""
+        """One bundle for each expert of the parent with all its copies; in fused files one for each of the layer's stacks."""
         parents = np.array(self.plan.slot_to_parent[layer])
         jobs = {
             expert: tuple(self._expert_jobs(layer, expert, np.flatnonzero(parents == expert).tolist()))
             for expert in range(self.parent.architecture.num_experts)
         }
         if self.plan.experts_layout == FUSED:
-            names = tuple(self.family.stack_name(layer, stack) for stack in stacks(self.matrices))
-            yield Bundle(names, tuple(job for own in jobs.values() for job in own))
+            for name in (self.family.stack_name(layer, stack) for stack in stacks(self.matrices)):
+                yield Bundle((name,), tuple(job for own in jobs.values() for job in own if job.places[0].tensor == name))
             return
         for expert, own in jobs.items():
             slots = np.flatnonzero(parents == expert).tolist()

@@ -208,9 +208,11 @@ def _check_files(recipe: Recipe, child: Checkpoint, own: dict[str, str]) -> None
     found = {str(file) for file in child.side_files}
     for name in sorted(due.keys() | found):
         if name not in found:
-            raise CheckFailed(f"{child.folder / name} is missing.")
+            raise CheckFailed(f"{child.folder / name} is missing{f', which {EXPANSION} names' if name in own else ''}.")
         if name not in due:
             raise CheckFailed(f"{child.folder / name} is no file of the parent.")
+        if not due[name]:
+            raise CheckFailed(f"{child.folder / EXPANSION} has no checksum for {name}.")
         if sha256(child.folder / name) != due[name]:
             origin = f"the checksum that {EXPANSION} records" if name in own else f"the parent's {parent / name}"
             raise CheckFailed(f"{child.folder / name} differs from {origin}.")

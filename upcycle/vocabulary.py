@@ -151,10 +151,14 @@ def grow(old: Path, new: Path, old_size: int, new_size: int) -> Growth:
     before, after = read_tokens(old), read_tokens(new)
     _check_fits(before, old_size, old, "that embedding is not this tokenizer's")
     _check_fits(after, new_size, new, f"use vocab_size={max(after, default=0) + 1} or more")
-    ids = {token.meaning: number for number, token in before.items()}
+    # Several tokens may stand for the same bytes (`A` and the byte `<0x41>`): the one of the same name comes first.
+    names = {(token.domain, token.name): number for number, token in before.items()}
+    ids = {token.meaning: number for number, token in reversed(before.items())}
     sources: list[Source] = [None] * new_size
     for number, token in after.items():
-        sources[number] = ids.get(token.meaning)
+        named = names.get((token.domain, token.name))
+        same = named is not None and before[named].meaning == token.meaning
+        sources[number] = named if same else ids.get(token.meaning)
     split = splitter(old)
     texts = [(number, token.text) for number, token in after.items() if sources[number] is None and token.text]
     if split is not None and texts:

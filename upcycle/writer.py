@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -19,10 +19,10 @@ from typing import Any
 
 from moexpand.base.errors import EnvironmentFailure, InputError, MoexpandError, Stopped
 from moexpand.base.files import disk_errors, read_json, sha256, write_atomic, write_json
-from moexpand.upcycle.checkpoint import CONFIG, EXPANSION, INDEX, side_file_bytes
+from moexpand.upcycle.checkpoint import CONFIG, EXPANSION, INDEX, file_states, side_file_bytes
 from moexpand.upcycle.checksums import CHECKSUM, tensor_checksum
 from moexpand.upcycle.claims import Claims
-from moexpand.upcycle.crew import PIECE, Crew, Progress, default_workers, run_jobs
+from moexpand.upcycle.crew import Crew, Progress, default_workers, run_jobs
 from moexpand.upcycle.direct import can_clone
 from moexpand.upcycle.jobs import Job
 from moexpand.upcycle.layout import Layout, check_space, copy_side_files, parse_size, plan_layout
@@ -31,8 +31,6 @@ from moexpand.upcycle.partial import PartialFolder
 from moexpand.upcycle.plan import row_per_line
 from moexpand.upcycle.recipe import Recipe
 from moexpand.upcycle.safetensors_file import ALIGNMENT
-
-__all__ = ["CHECKSUM", "PIECE", "Progress", "Summary", "child_layout", "expand", "run_jobs"]
 
 FINISH = "finish"
 """What the process claims that completes the folder."""
@@ -100,6 +98,7 @@ def expand(
         Stopped: SIGINT or SIGTERM; finished shards are kept.
     """
     begin = time.monotonic()
+    source = file_states(recipe.parent)
     layout = child_layout(recipe, max_shard_size)
     partial = PartialFolder(Path(target), layout)
     identity = recipe.plan.to_json() | {"max_shard_size": parse_size(max_shard_size), "layout": layout.digest}
@@ -115,7 +114,7 @@ def expand(
                 partial.sweep(claims)
                 resumed = len(crew.look())
                 _check_space(recipe, crew)
-                _write(recipe, crew, workers, say)
+                _write(recipe, crew, workers, say, source)
             if signals and not _published(recipe, partial):
                 raise Stopped(f"Stopped by {signals[0]}.")
         except BaseException as error:
@@ -140,7 +139,7 @@ def _begin(recipe: Recipe, partial: PartialFolder, identity: dict[str, Any], res
     return False
 
 
-def _write(recipe: Recipe, crew: Crew, workers: int, say: Callable[[str], None]) -> None:
+def _write(recipe: Recipe, crew: Crew, workers: int, say: Callable[[str], None], source: dict[Path, tuple[int, int]]) -> None:
     """Write shards until all are finished, by this process or others, and publish the child unless another does."""
     threads = workers or default_workers()
     waiting = False
@@ -148,6 +147,7 @@ def _write(recipe: Recipe, crew: Crew, workers: int, say: Callable[[str], None])
         run_jobs([crew.work] * threads, threads)
         if crew.stopping.is_set() or _published(recipe, crew.partial):
             return
+        _check_source(recipe, crew, source)
         finished = crew.look()
         if len(finished) == len(crew.layout.sizes) and crew.claims.take(FINISH) is not None:
             _publish(recipe, crew)
@@ -157,6 +157,14 @@ def _write(recipe: Recipe, crew: Crew, workers: int, say: Callable[[str], None])
             holders = " and ".join(sorted({str(holder) for holder in crew.claims.live().values()})) or "other processes"
             say(f"Waiting for {holders}; {len(finished)} of {len(crew.layout.sizes)} shards are done.")
         crew.stopping.wait(POLL)
+
+
+def _check_source(recipe: Recipe, crew: Crew, before: dict[Path, tuple[int, int]]) -> None:
+    """Throw away shards of a parent whose files were written to meanwhile: they hold bytes of two kinds."""
+    for file, state in file_states(recipe.parent).items():
+        if before[file] != state:
+            crew.partial.remove()
+            raise EnvironmentFailure(f"{file} was changed while it was read; leave the parent alone and start again.")
 
 
 def _publish(recipe: Recipe, crew: Crew) -> None:
@@ -210,7 +218,7 @@ def _check_space(recipe: Recipe, crew: Crew) -> None:
             if str(crew.layout.tensors[bundle.tensors[0]].file) not in finished
             for job in bundle.jobs
         )
-    check_space(crew.partial.target, left - crew.partial.reserved())
+    check_space(crew.partial.folder, left - crew.partial.reserved())
 
 
 def _shareable(layout: Layout, job: Job) -> int:
@@ -225,18 +233,22 @@ def _give_up(crew: Crew, error: BaseException) -> None:
     """Remove what is unfinished and raise `error`, which says what was kept."""
     crew.abandon()
     partial = crew.partial
-    finished, others = [], False
-    with suppress(OSError):
-        finished = partial.finished()
-        others = bool(crew.claims.live().keys() - crew.claims.held.keys())
-    if not finished and not others:
-        partial.remove()
-    if not isinstance(error, EnvironmentFailure | Stopped):
+    try:
+        finished = len(partial.finished())
+        ours = {holder.token for _, holder in crew.claims.held.values()}
+        others = any(holder.token not in ours for holder in crew.claims.live().values())
+    except OSError:  # what is there cannot be seen, so nothing is removed
+        gone = not partial.folder.exists()
+        kept = "nothing was left behind" if gone else f"what was finished is in {partial.folder}, and resume=true goes on with it"
+    else:
+        kept = "nothing was left behind"
+        if finished or others:
+            count = f"{finished} of {len(crew.layout.sizes)} shards"
+            kept = f"{count} are finished in {partial.folder}, and resume=true goes on with them"
+        else:
+            partial.remove()
+    if not isinstance(error, MoexpandError):
         raise error
-    kept = "nothing was left behind"
-    if finished or others:
-        count = f"{len(finished)} of {len(crew.layout.sizes)} shards"
-        kept = f"{count} are finished in {partial.folder}, and resume=true goes on with them"
     raise type(error)(f"{str(error).removesuffix('.')}; {kept}.") from error
 
 

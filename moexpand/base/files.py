@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,7 +45,7 @@ def fsync_folder(folder: Path) -> None:
 def write_atomic(path: Path, content: bytes | memoryview | str) -> None:
     """Write `content` under a temporary name, fsync it and rename it to `path`: readers see the old file or the new one."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}{PARTIAL}")
     data = content.encode() if isinstance(content, str) else content
     with disk_errors(f"writing {path}"):
         try:

@@ -26,6 +26,9 @@ COMMANDS = {
     "data build": "turn PDFs and other sources into shards",
     "data inspect": "show what a shard folder holds, what was dropped and why",
 }
+TOLD_KEYS = ("upcycle",)
+"""Commands whose `run` is also told which keys were given: beside a plan, a default that was written out is a contradiction."""
+
 INTERRUPTED = 128 + signal.SIGINT
 
 
@@ -67,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = compose(request.command, request.overrides, request.config_dir, request.config_name)
         debug = config.debug
         module = importlib.import_module(f"moexpand.cli.{request.command.replace(' ', '_')}")
-        return int(module.run(config) or DONE)
+        given = [word.lstrip("+").partition("=")[0] for word in request.overrides]
+        return int((module.run(config, given) if request.command in TOLD_KEYS else module.run(config)) or DONE)
     except KeyboardInterrupt:
         return _fail("Interrupted.", INTERRUPTED)
     except MoexpandError as error:

@@ -1,5 +1,6 @@
 """`moexpand upcycle`: expand a parent checkpoint into a child."""
 
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -26,14 +27,14 @@ FREE_WITH_A_PLAN = (
 """Keys that say how to write and not what."""
 
 
-def run(config: UpcycleCommand) -> None:
-    """Plan, say what will be written and what it will be, write it."""
+def run(config: UpcycleCommand, given: Sequence[str] = ()) -> None:
+    """Plan, say what will be written and what it will be, write it; `given` has the keys of the command line."""
     console = Console(config.plain)
     source, target = Path(config.source), Path(config.target)
     _check_target(config, source, target)
     parent = open_checkpoint(source)
     calibration = None if config.calibration is None else read_calibration(Path(config.calibration))
-    plan = _new_plan(config, parent, calibration) if config.plan is None else _given_plan(config, parent, calibration)
+    plan = _new_plan(config, parent, calibration) if config.plan is None else _given_plan(config, given, parent, calibration)
     recipe = Recipe(parent, plan, config.plan or "The plan", _path(config.tokenizer))
     outlook = forecast(recipe, target, config.max_shard_size, config.workers, calibration, probe=config.dry_run)
     _show(console, config, recipe, outlook)
@@ -69,18 +70,26 @@ def _check_target(config: UpcycleCommand, source: Path, target: Path) -> None:
     """The target is free, and the source stays as it is."""
     if target.resolve().is_relative_to(source.resolve()):
         raise InputError(f"{target} lies in the source {source}, which must stay as it is; choose a target beside it.")
+    if config.plan_out is not None:
+        out = Path(config.plan_out)
+        if any(out.resolve().is_relative_to(folder.resolve()) for folder in (source, target)):
+            raise InputError(f"plan_out={out} lies in the source or the target; choose a file beside them.")
+        if out.exists():
+            read_plan(out)  # only a plan may be replaced
     if not config.resume:
         refuse_existing(target)
 
 
-def _given_plan(config: UpcycleCommand, parent: Checkpoint, calibration: Calibration | None) -> Plan:
+def _given_plan(config: UpcycleCommand, given: Sequence[str], parent: Checkpoint, calibration: Calibration | None) -> Plan:
     """The plan of the file, which no key may contradict."""
     where = str(config.plan)
     plan = read_plan(Path(where))
-    for field in fields(UpcycleCommand):
-        value = getattr(config, field.name)
-        if field.name not in FREE_WITH_A_PLAN and value not in (field.default, getattr(plan, field.name, None)):
-            said = f"has {field.name}={getattr(plan, field.name)}" if hasattr(plan, field.name) else "says what the child is"
+    layout = parent.experts_layout if config.experts_layout == "same" else config.experts_layout
+    for field in (field for field in fields(UpcycleCommand) if field.name not in FREE_WITH_A_PLAN):
+        value = layout if field.name == "experts_layout" else getattr(config, field.name)
+        planned = getattr(plan, field.name, field.default)
+        if value not in (None, planned) and (getattr(config, field.name) != field.default or field.name in given):
+            said = f"has {field.name}={planned}" if hasattr(plan, field.name) else "says what the child is"
             shown = str(value).lower() if isinstance(value, bool) else value
             raise InputError(
                 f"{field.name}={shown} was given, but plan={where} {said}; leave {field.name} out or make another plan."

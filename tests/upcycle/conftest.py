@@ -1,5 +1,6 @@
 """Parents and children that several tests read; tests that change one copy it first (`damaged`)."""
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -7,9 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moexpand.base.errors import WRONG_INPUT
+from moexpand.cli import main
 from tests.parents import TINY, make_child, make_parent
 from tests.trained_tokenizers import SPECIALS, TEXTS, byte_level, permuted, saved
 from tests.upcycle import calibrations
+from tests.upcycle.expanding import hashes
+
+Run = Callable[..., tuple[int, str, str]]
 
 PLACEMENTS = ("halves_bits", "halves_tile")
 
@@ -74,3 +80,34 @@ def tokenizer_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
         "inserted": saved(permuted(old, ("<think>", "<|ts|>")), base / "inserted"),
         "other": saved(byte_level(470, [*TEXTS[1:], "Wachsende Modelle, wachsende Modelle"], SPECIALS[::-1]), base / "other"),
     }
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a command in this process: its exit code, what it printed, and what it said on standard error."""
+
+    def command(*words: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main([str(word) for word in words])
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return command
+
+
+@pytest.fixture
+def refused(run: Run, tmp_path: Path) -> Callable[..., str]:
+    """Runs an expansion that must fail, and checks what every failure leaves: one sentence, the source, and nothing else."""
+
+    def command(source: Path, *words: object, code: int = WRONG_INPUT, target: Path | None = None) -> str:
+        target = target or tmp_path / "folder" / "child"
+        target.parent.mkdir(exist_ok=True)
+        before, beside = hashes(source), sorted(target.parent.iterdir())
+        found, _, said = run("upcycle", f"source={source}", f"target={target}", *words)
+        assert found == code, said
+        assert re.fullmatch(r"moexpand: [^\n]*[.?]\n", said), said
+        assert sorted(target.parent.iterdir()) == beside
+        assert hashes(source) == before
+        return said.removeprefix("moexpand: ").rstrip("\n")
+
+    return command

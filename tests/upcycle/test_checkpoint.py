@@ -42,8 +42,9 @@ def test_tensors_are_those_that_the_safetensors_library_reads(which: str, reques
         read = checkpoint.read_torch(name)
         assert read.dtype == tensor.dtype
         assert torch.equal(read, tensor)
-        bits = tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor
-        assert np.array_equal(checkpoint.read_numpy(name), bits.numpy())
+        bits = checkpoint.read_numpy(name).view(np.uint8)
+        assert np.array_equal(bits, tensor.contiguous().view(torch.uint8).numpy().reshape(bits.shape))
+        assert checkpoint.read_numpy(name).dtype.name == str(tensor.dtype).removeprefix("torch.")
 
 
 @pytest.mark.parametrize("rows", [slice(3, 10), slice(0, 0), slice(120, None), slice(None)])
@@ -178,7 +179,8 @@ def test_tensors_that_contradict_the_config_are_named(parent: Path, tmp_path: Pa
         ({"router_n_groups": 3}, "router_n_groups=3"),
         ({"hidden_size": "64"}, "hidden_size='64'"),
         ({"rope_theta": "big"}, "rope_theta='big'"),
-        ({"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\]"),
+        ({"mlp_only_layers": [-1]}, r"mlp_only_layers=\[-1\]"),
+        ({"mlp_only_layers": [0]}, r"no tensor model\.layers\.0\.mlp\.gate_proj\.weight"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantised"),
     ],
 )

@@ -178,6 +178,21 @@ def test_another_seed_is_another_random_map(opened: Checkpoint) -> None:
     check_map(opened, replace(make_plan(opened, Wishes(**SIZES, placement="block")), seed=4), "plan.json")
 
 
+def test_groups_that_are_right_by_themselves_must_also_make_up_cuts(opened: Checkpoint, counted: Calibration) -> None:
+    plan = make_plan(opened, Wishes(**SIZES, placement="quarters_spread", calibration=counted))
+    groups = np.array(plan.slot_to_parent[1]).reshape(8, 16)
+    assert set(groups[3]) != set(groups[4])
+    row = groups[[0, 1, 2, 4, 3, 5, 6, 7]].reshape(-1).tolist()
+    with pytest.raises(InputError, match="group 0 of layer 1 in a way that placement quarters_spread never does"):
+        check_map(opened, replace(plan, slot_to_parent=(plan.slot_to_parent[0], tuple(row))), "plan.json")
+
+
+def test_a_calibration_of_another_parent_makes_no_plan(tmp_path: Path, counted: Calibration) -> None:
+    other = make_parent(tmp_path / "other", **TINY | {"experts": 32, "top_k": 8, "layers": 2, "seed": 9})
+    with pytest.raises(InputError, match="was made with another parent than"):
+        make_plan(open_checkpoint(other), Wishes(**SIZES, placement="block_spread", calibration=counted))
+
+
 @pytest.mark.parametrize("placement", ["quarters_spread", "block_spread", "ranked"])
 def test_a_map_from_a_calibration_is_computed_again_with_it_and_else_checked_for_its_form(
     opened: Checkpoint, counted: Calibration, placement: str

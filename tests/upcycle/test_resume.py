@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 
 from moexpand.base.errors import STOPPED, WRONG_INPUT, EnvironmentFailure, InputError
 from moexpand.upcycle import claims, writer
+from moexpand.upcycle.checkpoint import open_checkpoint
 from moexpand.upcycle.writer import expand
 from tests.upcycle.expanding import hashes, recipe_of, start, write_parent
 
@@ -32,7 +34,7 @@ def whole(parent: Path) -> dict[str, str]:
 
 
 def partial_of(target: Path) -> Path:
-    return target.with_name(f".{target.name}.partial")
+    return target.with_name(f".{target.name}.expanding")
 
 
 class Interrupted(Exception):
@@ -150,14 +152,14 @@ def test_resuming_what_is_complete_changes_nothing(parent: Path, whole: dict[str
 
 
 def test_resume_goes_on_with_a_folder_whose_maker_died_at_once(parent: Path, whole: dict[str, str], tmp_path: Path) -> None:
-    (tmp_path / ".child.partial" / "claims").mkdir(parents=True)
+    (tmp_path / ".child.expanding" / "claims").mkdir(parents=True)
     expand(recipe_of(parent), tmp_path / "child", max_shard_size=SHARD, resume=True)
     assert hashes(tmp_path / "child") == whole
 
 
 def test_resume_removes_what_a_process_left_that_was_killed_after_publishing(parent: Path, tmp_path: Path) -> None:
     expand(recipe_of(parent), tmp_path / "child", max_shard_size=SHARD)
-    (tmp_path / ".child.partial" / "manifests").mkdir(parents=True)
+    (tmp_path / ".child.expanding" / "manifests").mkdir(parents=True)
     expand(recipe_of(parent), tmp_path / "child", max_shard_size=SHARD, resume=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["child"]
 
@@ -168,8 +170,8 @@ def test_resume_without_anything_to_resume_begins(parent: Path, whole: dict[str,
 
 
 def test_a_folder_of_something_else_is_not_resumed(parent: Path, tmp_path: Path) -> None:
-    (tmp_path / ".child.partial").mkdir()
-    (tmp_path / ".child.partial" / "precious.txt").touch()
+    (tmp_path / ".child.expanding").mkdir()
+    (tmp_path / ".child.expanding" / "precious.txt").touch()
     with pytest.raises(InputError, match="is not an unfinished expansion"):
         expand(recipe_of(parent), tmp_path / "child", resume=True)
 
@@ -262,3 +264,64 @@ def test_twenty_kills_at_random_moments_end_in_the_same_files(tmp_path: Path) ->
         assert hashes(target) == due
     assert rounds <= kills
     assert {path.name for path in tmp_path.iterdir()} == {"parent", "whole", *(f"child{number + 1}" for number in range(rounds))}
+
+
+def _with_other_experts(parent: Path, folder: Path) -> Path:
+    """A copy whose norms and config are the same and whose matrices are not, as after a merged adapter."""
+    shutil.copytree(parent, folder)
+    opened = open_checkpoint(folder)
+    for name, info in opened.tensors.items():
+        if ".experts." in name:
+            with open(info.file, "r+b") as file:
+                file.seek(info.start)
+                file.write(bytes(byte ^ 1 for byte in opened.read_bytes(name)))
+    return folder
+
+
+def test_another_parent_with_the_same_norms_does_not_go_on(parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3, disk_full)
+        with pytest.raises(EnvironmentFailure):
+            expand(recipe_of(parent), tmp_path / "child", max_shard_size=SHARD)
+    other = _with_other_experts(parent, tmp_path / "other")
+    with pytest.raises(InputError, match="was begun with parent="):
+        expand(recipe_of(other), tmp_path / "child", max_shard_size=SHARD, resume=True)
+
+
+def test_a_parent_that_changes_while_it_is_read_gives_no_child(
+    parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Path(shutil.copytree(parent, tmp_path / "source"))
+    file, original = next(source.glob("*.safetensors")), writer.PartialFolder.finish
+
+    def finish(self: writer.PartialFolder, *arguments: object) -> None:
+        os.utime(file)
+        original(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(writer.PartialFolder, "finish", finish)
+    with pytest.raises(EnvironmentFailure, match=r"was changed while it was read.*nothing was left behind"):
+        expand(recipe_of(source), tmp_path / "child", max_shard_size=SHARD)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_what_cannot_be_seen_is_not_removed(parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "child"
+    stop_after(monkeypatch, 3, disk_full)
+    seen = writer.PartialFolder.finished
+
+    def finished(self: writer.PartialFolder) -> list[str]:
+        if len(list(self.manifests.iterdir())) >= 3:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return seen(self)
+
+    monkeypatch.setattr(writer.PartialFolder, "finished", finished)
+    with pytest.raises(EnvironmentFailure, match="resume=true goes on with it"):
+        expand(recipe_of(parent), target, max_shard_size=SHARD, workers=1)
+    assert len(list((partial_of(target) / "manifests").iterdir())) >= 3
+
+
+def test_a_link_is_no_target(parent: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "child").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="is a link or a mount point"):
+        expand(recipe_of(parent), tmp_path / "child", max_shard_size=SHARD)

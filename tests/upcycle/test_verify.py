@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from moexpand.base.errors import DIFFERENCE, DONE, WRONG_INPUT, CheckFailed, InputError
 from moexpand.cli import main
+from moexpand.upcycle import crew
 from moexpand.upcycle import verify as verifier
-from moexpand.upcycle import writer
 from moexpand.upcycle.checkpoint import Checkpoint, open_checkpoint
 from moexpand.upcycle.inits import Init
 from moexpand.upcycle.plan import Plan
@@ -116,6 +116,16 @@ def _drop(header: dict[str, Any]) -> None:
         ),
         ("expansion.json", lambda value: value["checksums"].update({ROUTER: "0" * 64}), ROUTER + " equals its recipe"),
         ("expansion.json", lambda value: value["checksums"].pop(ROUTER), "no checksum for " + ROUTER),
+        (
+            "expansion.json",
+            lambda value: value["checksums_of_model_code"].update(a="0"),
+            r"/a is missing, which expansion\.json names",
+        ),
+        (
+            "expansion.json",
+            lambda value: value["checksums_of_model_code"].popitem(),
+            r"expansion\.json has no checksum for \w+_qwen3_moe_grouped\.py",
+        ),
         ("expansion.json", lambda value: value["checksums"].update({"model.extra": "0"}), "model.extra, which is no tensor"),
         ("expansion.json", lambda value: value["slot_to_parent"][1].__setitem__(64, 0), "slot 64 of layer 1 to expert 0"),
         ("expansion.json", lambda value: value.update(placement="halves_tile"), "slot 1 of layer 0"),
@@ -193,7 +203,7 @@ def test_the_command_returns_the_codes_of_its_outcomes(parent: Path, child: Path
 def test_tensors_larger_than_a_piece_are_written_and_compared_whole(
     parent: Path, children: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer, "PIECE", 1000)
+    monkeypatch.setattr(crew, "PIECE", 4096)  # a matrix has 8,192 bytes
     monkeypatch.setattr(verifier, "PIECE", 768)
     child = make_child(parent, tmp_path / "child")
     for file in child.glob("model*"):

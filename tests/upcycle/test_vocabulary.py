@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from moexpand.base.errors import InputError
 from moexpand.upcycle import vocabulary
-from moexpand.upcycle.tokenizer_files import token_ids
+from moexpand.upcycle.tokenizer_files import Token, token_ids
 from moexpand.upcycle.vocabulary import Growth, grow, growth_for, mean_row, read_vocab_map, rows
 from tests.trained_tokenizers import SPECIALS, byte_level, saved
 
@@ -337,3 +337,13 @@ def test_the_summary_counts_and_names(tokenizer_folders: dict[str, Path]) -> Non
     assert f"{growth.dropped} of the parent's without a place" in text
     assert text.endswith(f" ({', '.join(map(repr, growth.dropped_names))}, ...)")
     assert len(growth.dropped_names) == 5
+
+
+def test_a_token_keeps_its_own_row_beside_others_of_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = dict(enumerate([Token("<0x41>", b"A"), Token("A", b"A"), Token("<0x20>", b" "), Token("\u2581", b" ")]))
+    monkeypatch.setattr(vocabulary, "read_tokens", lambda folder: tokens)
+    monkeypatch.setattr(vocabulary, "splitter", lambda folder: None)
+    assert grow(Path("same"), Path("same"), 4, 4).sources == (0, 1, 2, 3)
+    renamed = dict(tokens) | {1: Token("Ā", b"A")}
+    monkeypatch.setattr(vocabulary, "read_tokens", lambda folder: renamed if folder == Path("new") else tokens)
+    assert grow(Path("same"), Path("new"), 4, 4).sources[1] == 0

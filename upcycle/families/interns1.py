@@ -1,7 +1,7 @@
 """Intern-S1: a Qwen3-MoE decoder under another prefix, with an InternViT and its projector.
 
 transformers has no class for it and the parent's own code knows no groups, so a child's type is one that every engine refuses;
-its decoder and tower are for training here and for export.
+it is written and verified here, and not trained yet.
 """
 
 from dataclasses import replace
