@@ -141,9 +141,10 @@ class OutputFile:
         except BaseException:
             self.close()
             raise
-        with suppress(OSError):  # a file system without direct writes
-            self.direct = os.open(path, os.O_WRONLY | os.O_DIRECT)
-            self.descriptors.append(self.direct)
+        if mmap.PAGESIZE <= ALIGNMENT:  # in larger pages, blocks written directly would meet others written the ordinary way
+            with suppress(OSError):  # a file system without direct writes
+                self.direct = os.open(path, os.O_WRONLY | os.O_DIRECT)
+                self.descriptors.append(self.direct)
 
     def write(self, data: memoryview, offset: int) -> None:
         """Write `data` at `offset`; whole blocks go directly when `data` begins at a page of memory and `offset` at a block."""
