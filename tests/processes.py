@@ -3,17 +3,22 @@
 import multiprocessing
 import os
 import queue
+import random
 import socket
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A port below those that the system gives to outgoing connections, so that none of them takes it between two uses."""
+    while True:
+        port = random.randrange(10_000, 32_000)
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 def _worker(function: Callable[..., Any], arguments: tuple[Any, ...], rank: int, size: int, port: int, results: Any) -> None:
