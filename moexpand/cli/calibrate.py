@@ -1,15 +1,12 @@
 """`moexpand calibrate`: run a parent over shards, in this process or in several, and write how it routes."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
 
-from moexpand.base.files import disk_errors, write_atomic
-from moexpand.conf.compose import to_yaml
+from moexpand.cli.workers import run_beside
 from moexpand.conf.schema import CalibrateCommand
 from moexpand.console import Console
-from moexpand.launch.local import run_workers
 from moexpand.train import calibrate
 from moexpand.upcycle.calibration import Calibration, LayerCounts, read_calibration
 
@@ -45,17 +42,7 @@ def _announce(console: Console, config: CalibrateCommand, job: calibrate.Job) ->
 
 
 def _run_workers(config: CalibrateCommand) -> int:
-    folder = calibrate.result_folder(config)
-    with disk_errors(f"preparing {folder}"):
-        folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / LAUNCHED, to_yaml(config))
-    arguments = ["--config-dir", str(folder), "--config-name", LAUNCHED]
-    code = run_workers(
-        "moexpand.train.calibrate", arguments, config.processes, log=folder / "launch.log", result=folder, grace_seconds=10.0
-    )
-    if code == 0:
-        shutil.rmtree(folder)
-    return code
+    return run_beside("moexpand.train.calibrate", config, config.processes, calibrate.result_folder(config), LAUNCHED)
 
 
 def _report(console: Console, found: Calibration) -> None:
