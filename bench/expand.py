@@ -3,13 +3,14 @@
 Parents have the real shapes of Qwen3-30B-A3B (hidden 2048, intermediate 768, 128 experts, bf16, random content; a vocabulary of
 2,048); 1 and 3 layers give children of about 5 and 15 GB. Every run ends when its files and their folder are synced. Before each
 run the page cache is dropped (of the files involved, and as a whole where root may) and the programs, without data, are loaded;
-for a warm run the files to read are read as well. The part `235b` is one layer of Qwen3-235B-A22B, for its memory. Prints medians
-with minimum and maximum.
+for a warm run the files to read are read as well. The part `verify` compares the proof of the child, from cold caches, with `cat`
+and with `sha256sum` of both folders. The part `235b` is one layer of Qwen3-235B-A22B, for its memory. Prints medians with minimum
+and maximum.
 
-    python bench/expand.py [sizes=5GB] [rounds=3] [parts=cold,warm,script] [workers=0] [folder=DIR] [cache=DIR]
+    python bench/expand.py [sizes=5GB] [rounds=3] [parts=cold,warm,script,verify] [workers=0] [folder=DIR] [cache=DIR]
 
-`sizes=5GB,15GB parts=cold,warm,script,235b` is all of it: 40 GB of disk in `folder` (the outputs) and 10 in `cache`, which keeps
-the parents for the next time.
+`sizes=5GB,15GB parts=cold,warm,script,verify,235b` is all of it: 40 GB of disk in `folder` (the outputs) and 10 in `cache`, which
+keeps the parents for the next time.
 """
 
 import json
@@ -32,7 +33,7 @@ import numpy as np
 
 LAYERS = {"5GB": 1, "15GB": 3}
 EXPERTS, CHILD_EXPERTS, GROUPS = 128, 512, 8
-PROGRAMS = "import moexpand.cli.upcycle, moexpand.conf.compose, hydra, omegaconf, torch, safetensors.torch"
+PROGRAMS = "import moexpand.cli.upcycle, moexpand.cli.verify, moexpand.conf.compose, hydra, omegaconf, torch, safetensors.torch"
 """What the measured programs import: loaded after the caches were dropped, since starting Python is not the question."""
 HERE = Path(__file__).resolve().parent.parent
 
@@ -215,6 +216,18 @@ class Bench:
         shutil.rmtree(self.copied)
         return run
 
+    def verify(self) -> Run:
+        """The proof of the child that is there, from cold caches."""
+        self._prepare(True, self.parent)
+        words = [f"source={self.parent}", f"target={self.child}", f"workers={self.workers}", "plain=true"]
+        return measured([sys.executable, "-m", "moexpand", "verify", *words])
+
+    def read_both(self, program: str) -> Run:
+        """A program over the files of parent and child, from cold caches."""
+        self._prepare(True, self.parent)
+        files = (path for folder in (self.parent, self.child) for path in folder.rglob("*") if path.is_file())
+        return measured([program, *map(str, files)])
+
     def _prepare(self, cold: bool, source: Path) -> None:
         drop_caches(*(folder for folder in (self.parent, self.child) if folder.exists()))
         if not cold:
@@ -254,6 +267,23 @@ def compare(bench: Bench, rounds: int, parts: set[str], size: str) -> None:
             print()
 
 
+def prove(bench: Bench, rounds: int) -> None:
+    """Interleaved rounds of the proof and of programs that read what it reads."""
+    if not bench.child.exists():
+        bench.expand(cold=True)
+    runs: dict[str, list[Run]] = {"verify": [], "cat": [], "sha256sum": []}
+    for _ in range(rounds):
+        for name, found in runs.items():
+            found.append(bench.verify() if name == "verify" else bench.read_both(name))
+    both = (folder_bytes(bench.parent) + folder_bytes(bench.child)) / 1e9
+    print(f"  proof of {both:.2f} GB, cold, {rounds} rounds")
+    for name, found in runs.items():
+        print(f"  {name:12s} {spread(found, 'seconds')} s, {spread(found, 'cpu')} CPU s, ", end="")
+        print(f"{both / median(found, 'seconds'):.2f} GB/s, peak {spread(found, 'peak')} MiB")
+    own = median(runs["verify"], "seconds")
+    print("  " + ", ".join(f"verify / {name} = {own / median(runs[name], 'seconds'):.2f}" for name in ("cat", "sha256sum")))
+
+
 def median(runs: list[Run], what: str) -> float:
     """Median of one figure."""
     return statistics.median(getattr(run, what) for run in runs)
@@ -279,7 +309,7 @@ def parent_of(cache: Path | None, scratch: Path, name: str, *shape: int) -> Iter
 def main(options: dict[str, str]) -> None:
     """Measure and print."""
     rounds, workers = int(options.get("rounds", "3")), int(options.get("workers", "0"))
-    parts = set(options.get("parts", "cold,warm,script").split(","))
+    parts = set(options.get("parts", "cold,warm,script,verify").split(","))
     cache = Path(options["cache"]) if "cache" in options else None
     with tempfile.TemporaryDirectory(dir=options.get("folder")) as name:
         scratch = Path(name)
@@ -287,9 +317,13 @@ def main(options: dict[str, str]) -> None:
         versions = ", ".join(f"{package} {version(package)}" for package in ("numpy", "torch", "safetensors"))
         print(f"{os.cpu_count()} cores, {system}, Linux {platform.release()}, Python {platform.python_version()}, {versions}")
         for size in options.get("sizes", "5GB").split(","):
-            if size and parts & {"cold", "warm"}:
+            if size and parts & {"cold", "warm", "verify"}:
                 with parent_of(cache, scratch, size, LAYERS[size], 2048, 768) as parent:
-                    compare(Bench(scratch, parent, workers), rounds, parts, size)
+                    bench = Bench(scratch, parent, workers)
+                    if parts & {"cold", "warm"}:
+                        compare(bench, rounds, parts, size)
+                    if "verify" in parts:
+                        prove(bench, rounds)
                 shutil.rmtree(scratch / "child", ignore_errors=True)
         if "235b" in parts:
             with parent_of(cache, scratch, "235b", 1, 4096, 1536) as parent:

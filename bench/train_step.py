@@ -49,10 +49,11 @@ def engine_step(folder: Path, tokens: torch.Tensor) -> Callable[[], float]:
     from moexpand.train import weights
     from moexpand.train.setup import shape_of
     from moexpand.upcycle.checkpoint import open_checkpoint
+    from moexpand.upcycle.logical import StoredWeights
 
-    checkpoint = open_checkpoint(folder)
-    engine = Engine(shape_of(checkpoint.architecture), Layout(), RouterRules(), "fp32", ranks.start(Layout()))
-    weights.load(engine, checkpoint)
+    stored = StoredWeights(open_checkpoint(folder))
+    engine = Engine(shape_of(stored.architecture), Layout(), RouterRules(), "fp32", ranks.start(Layout()))
+    weights.load(engine, stored)
     engine.prepare_training(AdamSettings())
     batch = PackedBatch.from_sequences(tokens)
     return lambda: engine.step([batch], 1e-3).loss

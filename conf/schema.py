@@ -272,6 +272,8 @@ class VerifyCommand:
 
     source: str = key(MISSING, "parent's folder")
     target: str = key(MISSING, "child's folder")
+    calibration: str | None = key(None, "folder that the child's map was made from, to have the map computed again")
+    usage: str | None = key(None, "usage file that the child's map was made from, to have the map computed again")
     workers: int = key(0, "comparing threads; 0 takes two a core, at most 16", within="[0, inf)")
     plain: bool = key(False, "plain lines even on a terminal")
     debug: bool = key(False, "print tracebacks")

@@ -1,6 +1,5 @@
 """Run a function on N gloo ranks on this machine and bring back what each returned, or the first failure."""
 
-import multiprocessing
 import os
 import queue
 import random
@@ -9,7 +8,11 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
+from multiprocessing import forkserver, get_context
+from multiprocessing.context import ForkServerContext
 from typing import Any
+from unittest import mock
 
 
 def free_port() -> int:
@@ -21,6 +24,16 @@ def free_port() -> int:
             return port
 
 
+@cache
+def _ready_to_fork() -> ForkServerContext:
+    """Starts a process that imports what all ranks need, which takes seconds, and does nothing else; ranks are forked from it."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["moexpand.parallel.engine"])
+    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):  # read when the libraries are loaded
+        forkserver.ensure_running()
+    return context
+
+
 def _worker(function: Callable[..., Any], arguments: tuple[Any, ...], rank: int, size: int, port: int, results: Any) -> None:
     os.environ.update(
         RANK=str(rank),
@@ -28,7 +41,6 @@ def _worker(function: Callable[..., Any], arguments: tuple[Any, ...], rank: int,
         WORLD_SIZE=str(size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
-        OMP_NUM_THREADS="1",
     )
     try:
         import torch
@@ -41,11 +53,11 @@ def _worker(function: Callable[..., Any], arguments: tuple[Any, ...], rank: int,
 
 
 def run_on_ranks(function: Callable[..., Any], size: int, *arguments: Any, timeout: float = 240.0) -> list[Any]:
-    """Call `function(*arguments)` in `size` fresh processes joined by torchrun's environment variables.
+    """Call `function(*arguments)` in `size` processes of their own, joined by torchrun's environment variables.
 
     `function` and its arguments and results must be picklable. All processes are gone when this returns.
     """
-    context = multiprocessing.get_context("spawn")
+    context = _ready_to_fork()
     results: Any = context.Queue()
     port = free_port()
     workers = [context.Process(target=_worker, args=(function, arguments, rank, size, port, results)) for rank in range(size)]

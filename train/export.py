@@ -3,6 +3,7 @@
 import os
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from moexpand.base.files import refuse_existing
 from moexpand.conf.compose import from_yaml
 from moexpand.conf.schema import ExportCommand, TrainCommand
 from moexpand.train import checkpoints, preflight
-from moexpand.train.preflight import Source
+from moexpand.train.preflight import PLAN, Source
 from moexpand.upcycle.config_json import Config, architecture_config, lmdeploy_config
 from moexpand.upcycle.layout import copy_side_files
 
@@ -30,6 +31,8 @@ def export(command: ExportCommand, say: Callable[[str], None]) -> None:
     run, target = Path(command.run), Path(command.target)
     refuse_existing(target)
     config: TrainCommand = from_yaml(run / "config.yaml", "train")
+    if config.expand is not None:
+        config = replace(config, expand=str(run / PLAN))
     folder = checkpoints.find(run, command.step)
     wrong = checkpoints.damage(folder)
     if wrong is not None:

@@ -19,10 +19,11 @@ from moexpand.train.checkpoints import Progress
 from moexpand.train.display import Display
 from moexpand.train.evaluation import HeldOut
 from moexpand.train.metrics import console_line, step_row
-from moexpand.train.preflight import Source
+from moexpand.train.preflight import PLAN, Source
 from moexpand.train.records import Records
 from moexpand.train.schedules import learning_rate
 from moexpand.train.signals import StopRequest
+from moexpand.upcycle.plan import row_per_line
 
 
 def train(config: TrainCommand, source: Source, data: PackedData, here: ranks.Ranks, stop: StopRequest) -> None:
@@ -40,6 +41,8 @@ def train(config: TrainCommand, source: Source, data: PackedData, here: ranks.Ra
         records = closed_at_the_end.enter_context(closing(Records(config, progress, here.main, display.say)))
         if here.main:
             write_atomic(run / "config.yaml", to_yaml(config))
+            if source.plan is not None:
+                write_atomic(run / PLAN, row_per_line(source.plan.to_json()))
         for note in notes:
             display.say(note)
 

@@ -11,7 +11,11 @@ from moexpand.upcycle.architecture import Architecture
 from moexpand.upcycle.checkpoint import Checkpoint, open_checkpoint
 from moexpand.upcycle.logical import ExpandedWeights, StoredWeights, Weights, unsupported
 from moexpand.upcycle.plan import Plan, read_plan
+from moexpand.upcycle.planner import check_map
 from moexpand.upcycle.recipe import Recipe
+
+PLAN = "plan.json"
+"""The run folder's own copy of the plan of `expand`: a run goes on and is exported without the file that it was started with."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,12 @@ def source_of(config: TrainCommand) -> Source:
         checkpoint = open_supported(config.checkpoint)
         if config.expand is None:
             return Source(checkpoint.architecture, StoredWeights(checkpoint))
-        plan = read_plan(Path(config.expand))
-        expanded = ExpandedWeights(Recipe(checkpoint, plan, config.expand))
+        own = Path(config.run.dir) / PLAN
+        file = Path(config.expand) if Path(config.expand).exists() or not own.exists() else own
+        plan = read_plan(file)
+        expanded = ExpandedWeights(Recipe(checkpoint, plan, str(file)))
+        if not own.exists() or read_plan(own) != plan:  # a map of the run's own was checked before it was copied
+            check_map(checkpoint, plan, str(file))
         return Source(expanded.architecture, expanded, plan)
     if config.expand is not None:
         raise InputError(f"expand={config.expand} is the plan for a parent; give its folder as checkpoint=FOLDER.")

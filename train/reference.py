@@ -13,7 +13,7 @@ from moexpand.conf.compose import from_yaml
 from moexpand.conf.schema import TrainCommand
 from moexpand.data.loader import MicroBatch
 from moexpand.train.metrics import EVALUATIONS, read_rows
-from moexpand.train.preflight import open_data
+from moexpand.train.preflight import PLAN, open_data
 
 TOLERANCE = 1e-4
 
@@ -50,7 +50,7 @@ def compare(run: Path) -> str:
     if config.expand is not None:
         raise InputError(
             f"{run} expanded its parent while it was loaded, and transformers needs a folder: write the child with "
-            f"moexpand upcycle plan={config.expand} and compare a run that starts from it."
+            f"moexpand upcycle plan={run / PLAN} and compare a run that starts from it."
         )
     if not rows or config.checkpoint is None:
         raise InputError(f"{run} holds no evaluation of a checkpoint at step 0; train with checkpoint=... and evaluate.every.")

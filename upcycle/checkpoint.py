@@ -18,8 +18,9 @@ from moexpand.upcycle.architecture import Architecture
 from moexpand.upcycle.config_json import read_architecture
 from moexpand.upcycle.families import family_of
 from moexpand.upcycle.family import EXPERT, FUSED, SCALE, SPLIT, STACKS, Config, Family, stack_of, with_scales
+from moexpand.upcycle.jobs import Read
 from moexpand.upcycle.safetensors_file import CODES, Shape, TensorInfo, read_header
-from moexpand.upcycle.tensors import stored_tensors, unit_shape
+from moexpand.upcycle.tensors import BLOCK, scale_shape, stored_tensors, unit_shape
 
 if TYPE_CHECKING:
     import torch
@@ -142,11 +143,11 @@ class Checkpoint:
         start, stop, _ = _byte_range(info, rows)
         return read_range(info.file, start, stop)
 
-    def read_numpy(self, name: str, rows: slice | None = None) -> np.ndarray:
-        """A tensor, or rows of it, as numpy (ml_dtypes for bf16 and fp8)."""
+    def read_numpy(self, name: str, rows: slice | None = None, read: Read | None = None) -> np.ndarray:
+        """A tensor, or rows of it, as numpy (ml_dtypes for bf16 and fp8); `read` brings its bytes, if not this function."""
         info = self.info(name)
-        _, _, shape = _byte_range(info, rows)
-        return np.frombuffer(self.read_bytes(name, rows), dtype=NUMPY[info.dtype]).reshape(shape)
+        start, stop, shape = _byte_range(info, rows)
+        return np.frombuffer((read or read_range)(info.file, start, stop), dtype=NUMPY[info.dtype]).reshape(shape)
 
     def read_torch(self, name: str, rows: slice | None = None) -> "torch.Tensor":
         """A tensor, or rows of it, as a CPU tensor of its own dtype that owns its memory."""
@@ -254,9 +255,10 @@ def _refuse_strays(folder: Path, used: set[str]) -> None:
 def _check_tensors(checkpoint: Checkpoint) -> None:
     """Everything that the config calls for is there in its shape, and nothing else is."""
     arch, family, where = checkpoint.architecture, checkpoint.family, str(checkpoint.folder / CONFIG)
-    expected = stored_tensors(arch, checkpoint.experts_layout, checkpoint.quantised, checkpoint.transposed) | family.carried(
-        checkpoint.config, where
-    )
+    _check_stacks(checkpoint)
+    carried = family.carried(checkpoint.config, where)
+    expected = stored_tensors(arch, checkpoint.experts_layout, checkpoint.quantised, checkpoint.transposed) | carried
+    expected |= {name + SCALE: scale_shape(shape) for name, shape in carried.items() if checkpoint.quantised(name)}
     for name, shape in expected.items():
         if name not in checkpoint.tensors:
             raise InputError(f"{checkpoint.folder} has no tensor {name}, which its config.json calls for.")
@@ -265,9 +267,38 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
     for name, info in checkpoint.tensors.items():
         if name in allowed:
             _check_tensor(checkpoint, info, allowed[name])
-        elif name not in expected and not name.startswith(family.free):
+        elif name.startswith(family.free):
+            _check_scaled(checkpoint, info)
+        elif name == family.head and name not in expected:
+            raise InputError(
+                f"{info.file} holds {name}, but {where} has tie_word_embeddings=true, by which the embedding is the head; set it "
+                "to false to keep the stored head, or remove that tensor from its file to drop it."
+            )
+        elif name not in expected:
             raise InputError(f"{info.file} holds {name}, which is no tensor of a {arch.model_type} model.")
     _check_experts_alike(checkpoint)
+
+
+def _check_stacks(checkpoint: Checkpoint) -> None:
+    """Experts are all stacked or none, and no block of FP8 weights reaches from the gates of a stack into the ups."""
+    if checkpoint.experts_layout != FUSED:
+        return
+    experts = {name: name.partition(".mlp.experts.")[2] for name in checkpoint.tensors if ".mlp.experts." in name}
+    single = next((name for name, ending in experts.items() if ending[0].isdigit()), None)
+    if single is not None:
+        stack = next(name for name, ending in experts.items() if not ending[0].isdigit())
+        raise InputError(
+            f"{checkpoint.folder} holds experts stacked ({stack}) and others one by one ({single}); store all of them one way."
+        )
+    inner = checkpoint.architecture.moe_intermediate_size
+    apart, together = 2 * scale_shape((inner,))[0], scale_shape((2 * inner,))[0]
+    for layer in checkpoint.architecture.moe_layers:
+        info = checkpoint.tensors.get(checkpoint.family.stack_name(layer, "gate_up_proj") + SCALE)
+        if info is not None and len(info.shape) == 3 and info.shape[1 + checkpoint.transposed] == together < apart:
+            raise InputError(
+                f"{info.file}: {info.name} has scales of blocks that hold gates and ups at once, as experts of width {inner} are "
+                f"no multiple of {BLOCK}; store the experts one by one, or unquantised."
+            )
 
 
 def _check_tensor(checkpoint: Checkpoint, info: TensorInfo, shape: Shape) -> None:
@@ -278,12 +309,18 @@ def _check_tensor(checkpoint: Checkpoint, info: TensorInfo, shape: Shape) -> Non
             raise InputError(f"{info.file}: {info.name} is stored as {info.dtype}; scales may be {', '.join(SCALES)}.")
         return
     if info.dtype == FP8 and checkpoint.config.get("quantization_config"):
-        return
-    if info.dtype not in FLOATS:
+        _check_scaled(checkpoint, info)
+    elif info.dtype not in FLOATS:
         raise InputError(
             f"{info.file}: {info.name} is stored as {info.dtype}; only F32, BF16, F16 and F64 weights are supported, and "
             f"{FP8} where config.json has a quantization_config."
         )
+
+
+def _check_scaled(checkpoint: Checkpoint, info: TensorInfo) -> None:
+    """An FP8 tensor means nothing without its scales."""
+    if info.dtype == FP8 and info.name + SCALE not in checkpoint.tensors:
+        raise InputError(f"{info.file}: {info.name} is stored as {FP8}, but its scales {info.name}{SCALE} are missing.")
 
 
 def _check_experts_alike(checkpoint: Checkpoint) -> None:

@@ -86,8 +86,9 @@ class Claims:
 
     def release(self, name: str) -> None:
         """Give up a claim of this process."""
-        path, _ = self.held.pop(name)
-        path.unlink(missing_ok=True)
+        path, holder = self.held.pop(name)
+        if _read(path) == holder:  # not one of the same name, in a folder that was begun anew
+            path.unlink(missing_ok=True)
 
     def took_over(self, name: str) -> bool:
         """Whether a claim of this process replaced a stale one."""
@@ -95,8 +96,8 @@ class Claims:
 
     def holds(self, name: str) -> bool:
         """Whether this process's claim still counts; another may have taken it for stale."""
-        number, _ = self._last(name)
-        return name in self.held and self.held[name][0].name == f"{name}.{number - 1}"
+        _, last = self._last(name)
+        return last is not None and name in self.held and _read(last) == self.held[name][1]
 
     def live(self) -> dict[str, Holder]:
         """Claims that count, of any process, by name; a holder that cannot be read is left out."""

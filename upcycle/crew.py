@@ -11,21 +11,17 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
-import numpy as np
-
 from moexpand.base.files import disk_errors
 from moexpand.upcycle.claims import Claims
-from moexpand.upcycle.direct import MARGIN, InputFile, OutputFile, aligned_buffer, write_all
-from moexpand.upcycle.jobs import Bundle, Job, Made, Stream
+from moexpand.upcycle.direct import OutputFile, write_all
+from moexpand.upcycle.jobs import Bundle, Job, Task
 from moexpand.upcycle.layout import Layout
 from moexpand.upcycle.partial import PartialFolder
+from moexpand.upcycle.reading import PIECE, Reader
 from moexpand.upcycle.recipe import Recipe
 
-PIECE = 16 << 20
-"""Bytes that a worker holds."""
-
 LONG = 4 * PIECE
-"""Jobs longer than this are begun first, so that none of them is left alone at the end of a shard."""
+"""Tasks longer than this are begun first, so that none of them is left alone at the end of a shard."""
 
 Progress = Callable[[int], None]
 """Told the number of bytes done since the last call; called from several threads."""
@@ -36,7 +32,7 @@ class Shard:
     """A shard in work.
 
     Attributes:
-        left: jobs that are not done.
+        left: tasks that are not done.
         digests: of each tensor, (offset, raw SHA-256, bytes) of the pieces that are done.
     """
 
@@ -56,7 +52,7 @@ class Crew:
 
     Attributes:
         stopping: set it to stop all threads after their current piece.
-        read, written, shared: bytes of content read or made, written, and shared by reflinks instead of written.
+        written, shared: bytes written, and shared by reflinks instead of written.
     """
 
     def __init__(
@@ -67,11 +63,17 @@ class Crew:
         self.progress, self.found = progress, found
         self.stopping = threading.Event()
         self.lock = threading.Lock()
-        self.queue: deque[tuple[Shard, Job]] = deque()
+        self.queue: deque[tuple[Shard, Task]] = deque()
+        self.readers: list[Reader] = []
         self.shards: dict[str, Shard] = {}
         self.known: set[str] = set()
         self.bundles = self._by_shard()
-        self.read = self.written = self.shared = 0
+        self.written = self.shared = 0
+
+    @property
+    def read(self) -> int:
+        """Bytes read from the parent."""
+        return sum(reader.count for reader in self.readers)
 
     def look(self) -> list[str]:
         """Files of all finished shards; `found` hears of those that are new."""
@@ -83,18 +85,14 @@ class Crew:
         return finished
 
     def work(self) -> None:
-        """Do jobs until nothing is left to claim; for any number of threads at once."""
-        sources = _Sources()
+        """Do tasks until nothing is left to claim; for any number of threads at once."""
+        reader = Reader(self.recipe.parent)
+        self.readers.append(reader)
         try:
-            buffer: memoryview | None = None
             while not self.stopping.is_set() and (task := self._next()) is not None:
-                buffer = buffer or aligned_buffer(PIECE + MARGIN)
-                self._do(*task, buffer, sources)
-        except BaseException:
-            self.stopping.set()
-            raise
+                self._do(*task, reader)
         finally:
-            sources.close()
+            reader.close()
 
     def abandon(self) -> None:
         """Remove the shards in work; no thread works any more."""
@@ -108,8 +106,8 @@ class Crew:
 
     # ------------------------------------------------------------ shards
 
-    def _next(self) -> tuple[Shard, Job] | None:
-        """The next job, of a new shard when the ones in work have none left."""
+    def _next(self) -> tuple[Shard, Task] | None:
+        """The next task, of a new shard when the ones in work have none left."""
         with self.lock, disk_errors(f"working in {self.partial.folder}"):
             while not self.queue:
                 file = self._claim()
@@ -119,6 +117,7 @@ class Crew:
             return self.queue.popleft()
 
     def _claim(self) -> str | None:
+        self.partial.check_same()
         finished = set(self.look())
         for file in self.layout.sizes:
             if file in finished or file in self.shards or self.claims.take(file) is None:
@@ -131,20 +130,20 @@ class Crew:
     def _open(self, file: str) -> None:
         if self.claims.took_over(file):
             self.partial.sweep(self.claims)
-        jobs = sorted(self._jobs(file), key=lambda job: -(job.nbytes // LONG))
+        tasks = sorted(self._tasks(file), key=lambda task: -(sum(job.nbytes for job in task) // LONG))
         path = self.partial.writing / f"{file}.{self.claims.held[file][1].token}"
-        shard = self.shards[file] = Shard(file, path, len(jobs))
+        shard = self.shards[file] = Shard(file, path, len(tasks))
         with disk_errors(f"writing {file} to {self.partial.folder}"):
             shard.output = OutputFile(path, self.layout.sizes[file], reserve=not self.reflink)
             write_all(shard.output.ordinary, self.layout.header(file), 0)
-        self.queue.extend((shard, job) for job in jobs)
+        self.queue.extend((shard, task) for task in tasks)
 
-    def _jobs(self, file: str) -> list[Job]:
-        """Jobs of a shard. The recipe's bundles are gone through once, as long as shards are asked for in order."""
+    def _tasks(self, file: str) -> list[Task]:
+        """Tasks of a shard. The recipe's bundles are gone through once, as long as shards are asked for in order."""
         for _ in range(2):
             for found, bundles in self.bundles:
                 if found == file:
-                    return [job for bundle in bundles for job in bundle.jobs]
+                    return [task for bundle in bundles for task in bundle.tasks]
             self.bundles = self._by_shard()
         raise RuntimeError(f"the recipe has no bundle for {file}")
 
@@ -190,24 +189,33 @@ class Crew:
 
     # ------------------------------------------------------------ bytes
 
-    def _do(self, shard: Shard, job: Job, buffer: memoryview, sources: "_Sources") -> None:
-        digest = hashlib.sha256()
-        begin = 0
-        for piece in self._content(job.content, buffer, sources):
+    def _do(self, shard: Shard, task: Task, reader: Reader) -> None:
+        for job in task:
+            digest = self._write(shard, job, reader)
             if self.stopping.is_set():
                 return
+            with self.lock:
+                for place in job.places:
+                    shard.digests.setdefault(place.tensor, []).append((place.offset, digest, job.nbytes))
+        with self.lock:
+            shard.left -= 1
+            last = shard.left == 0
+        if last:
+            self._seal(shard)
+
+    def _write(self, shard: Shard, job: Job, reader: Reader) -> bytes:
+        """Write a job's content to all its places and return its SHA-256; ends early when all threads are to stop."""
+        digest = hashlib.sha256()
+        begin = 0
+        for piece in reader.pieces(job.content):
+            if self.stopping.is_set():
+                return b""
             digest.update(piece)
             self._put(shard, job, begin, piece)
             begin += len(piece)
         if begin != job.nbytes:
             raise RuntimeError(f"{job.origin} came with {begin:,} bytes instead of {job.nbytes:,}")
-        with self.lock:
-            for place in job.places:
-                shard.digests.setdefault(place.tensor, []).append((place.offset, digest.digest(), job.nbytes))
-            shard.left -= 1
-            last = shard.left == 0
-        if last:
-            self._seal(shard)
+        return digest.digest()
 
     def _put(self, shard: Shard, job: Job, begin: int, piece: memoryview) -> None:
         """Write a piece to all its places; where the file system can, all but the first share the blocks of the first."""
@@ -224,57 +232,9 @@ class Crew:
             first = offset if first is None else first
         amount = len(piece) * len(job.places)
         with self.lock:
-            self.read += len(piece)
             self.written += amount - shared
             self.shared += shared
         self.progress(amount)
-
-    def _content(self, content: Stream | Made, buffer: memoryview, sources: "_Sources") -> Iterator[memoryview]:
-        """The bytes of a job in pieces that begin at a page of memory."""
-        if isinstance(content, Made):
-            yield from _gathered(content, buffer[:PIECE])
-            return
-        info = self.recipe.parent.info(content.tensor)
-        source = sources.open(info.file)
-        for begin in range(content.start, content.stop, PIECE):
-            yield source.read(buffer, info.start + begin, min(PIECE, content.stop - begin))
-
-
-def _gathered(content: Made, buffer: memoryview) -> Iterator[memoryview]:
-    """Computed pieces of any sizes, as pieces that fill `buffer`."""
-    target = np.frombuffer(buffer, dtype=np.uint8)
-    filled = 0
-    for part in content.pieces():
-        rest = np.frombuffer(part, dtype=np.uint8)
-        while rest.size:
-            count = min(rest.size, target.size - filled)
-            target[filled : filled + count] = rest[:count]
-            filled, rest = filled + count, rest[count:]
-            if filled == target.size:
-                yield buffer
-                filled = 0
-    if filled:
-        yield buffer[:filled]
-
-
-class _Sources:
-    """The source file that a thread reads at the moment."""
-
-    def __init__(self) -> None:
-        self.current: InputFile | None = None
-
-    def open(self, path: Path) -> InputFile:
-        """A file, to use until the next call."""
-        if self.current is None or self.current.path != path:
-            self.close()
-            self.current = InputFile(path)
-        return self.current
-
-    def close(self) -> None:
-        """Close what is open."""
-        if self.current is not None:
-            self.current.close()
-            self.current = None
 
 
 def default_workers() -> int:
@@ -282,14 +242,17 @@ def default_workers() -> int:
     return min(2 * (os.cpu_count() or 1), 16)
 
 
-def run_jobs(jobs: list[Callable[[], None]], workers: int) -> None:
-    """Run jobs on threads (reads, writes and hashes leave the interpreter lock); the first error stops the rest and is raised."""
-    pool = ThreadPoolExecutor(max_workers=workers or default_workers(), thread_name_prefix="copy")
-    try:
-        futures = [pool.submit(job) for job in jobs]
-        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-        pool.shutdown(wait=True, cancel_futures=True)
-        for future in done:
-            future.result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+def run_threads(work: Callable[[], None], count: int, stopping: threading.Event) -> None:
+    """Run `work` on threads (reads, writes and hashes leave the interpreter lock); it ends early when `stopping` is set.
+
+    The first error, an interrupt included, sets `stopping` and is raised when all have ended.
+    """
+    with ThreadPoolExecutor(max_workers=count, thread_name_prefix="copy") as pool:
+        try:
+            futures = [pool.submit(work) for _ in range(count)]
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+        except BaseException:
+            stopping.set()
+            raise

@@ -9,12 +9,13 @@ from typing import Any
 
 from moexpand.base.files import disk_errors
 from moexpand.upcycle.calibration import Calibration
-from moexpand.upcycle.crew import PIECE, default_workers
+from moexpand.upcycle.crew import default_workers
 from moexpand.upcycle.jobs import Made
 from moexpand.upcycle.layout import Layout, existing_parent
 from moexpand.upcycle.planner import check_calibration, predict_step_zero, warnings
 from moexpand.upcycle.prediction import Prediction
 from moexpand.upcycle.probe import LARGEST, write_speed
+from moexpand.upcycle.reading import PIECE
 from moexpand.upcycle.recipe import Recipe
 from moexpand.upcycle.safetensors_file import ALIGNMENT
 from moexpand.upcycle.writer import child_layout

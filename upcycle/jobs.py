@@ -1,12 +1,18 @@
 """What the writer has to do, without knowing why: where bytes come from and every place of the child that they go to.
 
 A child is a set of stored tensors, each of them a row of consecutive pieces. A `Job` makes one piece and puts it wherever the
-child holds it; pieces that are equal by the recipe are one job, so that the parent is read once. A `Bundle` is a set of jobs that
-share tensors with each other and with no other job; it goes into one file.
+child holds it; pieces that are equal by the recipe are one job. Jobs that come from the same bytes of the parent are a task, done
+by one thread, so that these are read once. A `Bundle` is a set of tasks that share tensors with each other and no other;
+it goes into one file.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+Read = Callable[[Path, int, int], memoryview]
+"""Bytes [start, stop) of a file, not to be written to. Whoever does jobs brings it, and may keep what was read last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +38,10 @@ class Stream:
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """Bytes that are computed; `pieces()` gives them in order, the same ones at every call, and may be called from any thread."""
+    """Bytes that are computed; `pieces(read)` gives them in order, the same ones at every call and in every thread."""
 
     nbytes: int
-    pieces: Callable[[], Iterator[memoryview]]
+    pieces: Callable[[Read], Iterator[memoryview]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +62,18 @@ class Job:
         return self.content.nbytes
 
 
+Task = tuple[Job, ...]
+"""Jobs that come from the same bytes of the parent."""
+
+
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """Jobs that together make these tensors, and no other jobs do."""
+    """Tasks that together make these tensors, and no other tasks do."""
 
     tensors: tuple[str, ...]
-    jobs: tuple[Job, ...]
+    tasks: tuple[Task, ...]
+
+    @property
+    def jobs(self) -> Iterator[Job]:
+        """The jobs of all tasks."""
+        return chain.from_iterable(self.tasks)

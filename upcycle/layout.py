@@ -122,10 +122,16 @@ def check_space(target: Path, size: int) -> None:
         raise EnvironmentFailure(f"{target} needs {size:,} bytes, but only {free:,} are free on the disk of {folder}.")
 
 
+def make_folders(folder: Path, file: Path) -> None:
+    """Make the folders of `file` inside `folder`, which is not made: another process may have removed it for good."""
+    for inside in list(file.parents)[-2::-1]:
+        (folder / inside).mkdir(exist_ok=True)
+
+
 def copy_side_files(source: Path, files: Iterable[Path], folder: Path, keep: Iterable[str] = ()) -> None:
     """Copy files given relative to `source` into `folder`, except those named in `keep`."""
     kept = set(keep)
     for file in files:
         if str(file) not in kept:
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            make_folders(folder, file)
             shutil.copyfile(source / file, folder / file)

@@ -4,14 +4,14 @@ a checkpoint folder of any layout, or a parent and the plan of a child that has 
 """
 
 import re
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from moexpand.upcycle.architecture import Architecture
-from moexpand.upcycle.checkpoint import Checkpoint
+from moexpand.upcycle.checkpoint import Checkpoint, read_range
 from moexpand.upcycle.family import Config
 from moexpand.upcycle.matrices import read_matrix
 from moexpand.upcycle.recipe import Recipe
@@ -77,7 +77,7 @@ class ExpandedWeights:
         self.folder, self.side_files = recipe.parent.folder, recipe.kept_side_files
         self.config, self.architecture = recipe.config, recipe.architecture
         self._routers = {recipe.family.router_name(layer): layer for layer in self.architecture.moe_layers}
-        self._source = lru_cache(maxsize=len(recipe.matrices))(partial(_read_unchangeable, recipe.parent))
+        self._read = lru_cache(maxsize=len(recipe.matrices))(_read_unchangeable)
 
     @cached_property
     def names(self) -> list[str]:
@@ -87,8 +87,7 @@ class ExpandedWeights:
         expert, family = expert_of(name), self.recipe.family
         if expert is not None:
             layer, slot, matrix = expert
-            source = self._source(layer, self.recipe.plan.slot_to_parent[layer][slot], matrix)
-            return as_torch(self.recipe.matrix(layer, slot, matrix, source)[rows or slice(None)])
+            return as_torch(self.recipe.matrix(layer, slot, matrix, self._read)[rows or slice(None)])
         if name in self._routers:
             return as_torch(self.recipe.router(self._routers[name])[rows or slice(None)])
         if self.recipe.plan.vocabulary is not None and name in (family.embedding_name(), family.head):
@@ -101,10 +100,8 @@ class ExpandedWeights:
         return (-1,) if expert is None else (expert[0], self.recipe.plan.slot_to_parent[expert[0]][expert[1]])
 
 
-def _read_unchangeable(parent: Checkpoint, layer: int, expert: int, matrix: str) -> np.ndarray:
-    values = read_matrix(parent, layer, expert, matrix)
-    values.setflags(write=False)  # several copies are made of it
-    return values
+def _read_unchangeable(file: Path, start: int, stop: int) -> memoryview:
+    return memoryview(read_range(file, start, stop)).toreadonly()  # several copies are made of it
 
 
 def expert_of(name: str) -> tuple[int, int, str] | None:

@@ -7,6 +7,7 @@ import numpy as np
 from moexpand.base.errors import InputError
 from moexpand.upcycle.checkpoint import NUMPY, Checkpoint, read_range
 from moexpand.upcycle.family import FUSED, stack_of
+from moexpand.upcycle.jobs import Read
 from moexpand.upcycle.safetensors_file import nbytes
 from moexpand.upcycle.tensors import matrix_shape, stacks
 from moexpand.upcycle.tiles import in_c_order
@@ -31,14 +32,18 @@ def matrix_range(checkpoint: Checkpoint, expert: int, matrices: Sequence[str]) -
     return start, start + sum(sizes[name] for name in matrices)
 
 
-def read_matrix(checkpoint: Checkpoint, layer: int, expert: int, matrix: str) -> np.ndarray:
-    """One matrix [out, in] of an expert (a key of `EXPERT`, or its scales); of a transposed stack it is a strided view."""
+def read_matrix(checkpoint: Checkpoint, layer: int, expert: int, matrix: str, read: Read | None = None) -> np.ndarray:
+    """One matrix [out, in] of an expert (a key of `EXPERT`, or its scales); of a transposed stack it is a strided view.
+
+    Args:
+        read: brings the bytes, if not this function.
+    """
     info = checkpoint.info(checkpoint.matrix_name(layer, expert, matrix))
     shape, dtype = matrix_shape(checkpoint.architecture, matrix), NUMPY[info.dtype]
     stack = stacks(checkpoint.dtypes)[stack_of(matrix)]
     found = matrix_range(checkpoint, expert, stack if checkpoint.transposed else (matrix,))
     assert found is not None
-    data = np.frombuffer(read_range(info.file, info.start + found[0], info.start + found[1]), dtype=dtype)
+    data = np.frombuffer((read or read_range)(info.file, info.start + found[0], info.start + found[1]), dtype=dtype)
     if not checkpoint.transposed:
         return data.reshape(shape)
     before = sum(matrix_shape(checkpoint.architecture, name)[0] for name in stack[: stack.index(matrix)])

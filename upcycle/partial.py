@@ -19,10 +19,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from moexpand.base.errors import InputError
+from moexpand.base.errors import EnvironmentFailure, InputError
 from moexpand.base.files import PARTIAL, disk_errors, fsync_folder, read_json, refuse_existing, write_atomic, write_json
 from moexpand.upcycle.claims import Claims
-from moexpand.upcycle.layout import Layout
+from moexpand.upcycle.layout import Layout, make_folders
 
 IDENTITY = "expansion.partial.json"
 EXPANDING = ".expanding"
@@ -41,6 +41,7 @@ class PartialFolder:
 
     def __init__(self, target: Path, layout: Layout) -> None:
         self.target, self.layout = Path(target), layout
+        self.begun = b""
         self.folder = self.target.with_name(f".{self.target.name}{EXPANDING}")
         self.claims, self.writing, self.child, self.manifests = (
             self.folder / name for name in ("claims", "writing", "child", "manifests")
@@ -77,10 +78,17 @@ class PartialFolder:
                     self._make(identity)
                     fsync_folder(self.folder.parent)
                 except BaseException:
-                    self.remove()
+                    if not (self.folder / IDENTITY).exists():  # otherwise others may be at work in it already
+                        self.remove()
                     raise
-        compare_identities(read_json(self.folder / IDENTITY), identity, str(self.folder))
-        self._forget_broken()
+            compare_identities(read_json(self.folder / IDENTITY), identity, str(self.folder))
+            self.begun = (self.folder / IDENTITY).read_bytes()
+            self._forget_broken()
+            try:
+                refuse_existing(self.target)
+            except InputError:  # published a moment ago, by the process that then removed the folder
+                self.remove()
+                raise
 
     def _make(self, identity: Mapping[str, Any]) -> None:
         """Fill a folder that has no identity yet: it is new, or its maker was killed at once."""
@@ -93,7 +101,7 @@ class PartialFolder:
         for part in parts:
             part.mkdir(exist_ok=True)
         # Whoever comes first decides, and a second one, which may be here at the same time, reads what the first has written.
-        mine = self.writing / f"identity.{secrets.token_hex(4)}"
+        mine = self.folder / f"identity.{secrets.token_hex(4)}{PARTIAL}"  # not in `writing`, which others sweep
         write_json(mine, dict(identity))
         with suppress(FileExistsError):
             os.link(mine, self.folder / IDENTITY)
@@ -123,6 +131,23 @@ class PartialFolder:
         """Files of the finished shards, in order."""
         there = set(os.listdir(self.manifests))
         return [file for file in self.layout.sizes if self._manifest(file).name in there]
+
+    def same(self) -> bool:
+        """Whether the folder is still the one of `begin`, or one of the same identity."""
+        try:
+            return (self.folder / IDENTITY).read_bytes() == self.begun
+        except FileNotFoundError:
+            return False
+
+    def check_same(self) -> None:
+        """An `EnvironmentFailure` when the folder has gone, or is that of another expansion, begun under the same name since."""
+        if not self.same():
+            raise EnvironmentFailure(f"{self.folder} was removed while this process worked in it; begin again.")
+
+    def clear(self) -> None:
+        """Remove what this process made in the folder while another, which published the child, removed it."""
+        if self.same() or not (self.folder / IDENTITY).exists():
+            self.remove()
 
     def is_finished(self, file: str) -> bool:
         """Whether one shard is finished."""
@@ -167,9 +192,8 @@ class PartialFolder:
         for path in sorted(path for path in small.rglob("*") if path.is_file()):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-            place = self.child / path.relative_to(small)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, place)
+            make_folders(self.child, path.relative_to(small))
+            os.replace(path, self.child / path.relative_to(small))
         for folder in (*(path for path in self.child.rglob("*") if path.is_dir()), self.child):
             fsync_folder(folder)
         os.rename(self.child, self.target)  # over an empty folder, which is what the target may be

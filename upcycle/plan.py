@@ -13,7 +13,7 @@ from moexpand.upcycle.family import EXPERT, FUSED, SPLIT
 from moexpand.upcycle.inits import Init, check_visible
 from moexpand.upcycle.vocabulary import Growth
 
-VERSION = 2
+VERSION = 3
 
 REMARKS = ("prediction", "warnings", "output", "checksum")
 """Beginnings of the keys of a plan's file that the child does not follow from."""
@@ -31,6 +31,8 @@ class Plan:
     placement: str
     calibration: str | None = None
     """Digest of the calibration that the placement was computed from."""
+    usage: str | None = None
+    """Digest of the usage file that the placement was computed from."""
     seed: int = 0
     init: str = "copy"
     drop_fraction: float = 0.5
@@ -108,6 +110,7 @@ _ALLOWED: dict[str, tuple[type, ...]] = {
     "num_groups": (int,),
     "placement": (str,),
     "calibration": (str, type(None)),
+    "usage": (str, type(None)),
     "seed": (int,),
     "drop_fraction": (int, float),
     "drop_shared": (bool,),
@@ -156,6 +159,7 @@ def check_settings(parent: Checkpoint, plan: Plan) -> None:
             f"{parent.folder} has norm_topk_prob=false: copies would shrink the experts' output "
             f"{plan.num_experts / arch.num_experts:g}-fold; only parents that renormalise can be expanded."
         )
+    check_number_of_groups(parent, plan.num_groups)
     top_k = arch.num_experts_per_tok
     if plan.num_groups < 1 or top_k % plan.num_groups or plan.num_experts % plan.num_groups:
         raise InputError(
@@ -173,13 +177,18 @@ def check_settings(parent: Checkpoint, plan: Plan) -> None:
         check_visible(plan.settings, router, parent.dtypes[matrix])
 
 
+def check_number_of_groups(parent: Checkpoint, number: int) -> None:
+    """Refuse another number of groups than that of a parent that was trained with groups."""
+    groups = parent.architecture.router_n_groups
+    if groups not in (1, number):
+        raise InputError(f"{parent.folder} routes in {groups} groups already; its child must have num_groups={groups} as well.")
+
+
 def _check_groups_kept(parent: Checkpoint, plan: Plan, layer: int, where: str) -> None:
     """A parent that was trained with groups keeps every expert in its own: elsewhere it would meet other rivals."""
     groups = parent.architecture.router_n_groups
     if groups == 1:
         return
-    if plan.num_groups != groups:
-        raise InputError(f"{parent.folder} routes in {groups} groups already; its child must have num_groups={groups} as well.")
     own, new = parent.architecture.num_experts // groups, plan.num_experts // groups
     for slot, expert in enumerate(plan.slot_to_parent[layer]):
         if slot // new != expert // own:

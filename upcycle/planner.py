@@ -1,5 +1,7 @@
 """Makes the plan of an expansion from what the user asks for: maps from slots to parents, sizes, settings, what to warn of."""
 
+import hashlib
+import json
 from dataclasses import dataclass, field, replace
 from math import gcd
 from pathlib import Path
@@ -7,12 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from moexpand.base.errors import InputError
+from moexpand.base.files import read_json
 from moexpand.upcycle import placement as placements
 from moexpand.upcycle.calibration import Calibration
 from moexpand.upcycle.checkpoint import Checkpoint
 from moexpand.upcycle.inits import Init
 from moexpand.upcycle.matrices import check_conversion
-from moexpand.upcycle.plan import Plan, check_plan, check_settings
+from moexpand.upcycle.plan import Plan, check_number_of_groups, check_plan, check_settings
 from moexpand.upcycle.prediction import Prediction, predict
 from moexpand.upcycle.spread import router_affinity
 from moexpand.upcycle.vocabulary import Growth
@@ -63,6 +66,7 @@ def make_plan(parent: Checkpoint, wishes: Wishes) -> Plan:
         num_groups=wishes.num_groups,
         placement=wishes.placement,
         calibration=wishes.calibration.digest if used and wishes.calibration is not None else None,
+        usage=None if wishes.usage is None else _usage_digest(wishes.usage),
         seed=wishes.init.seed,
         init=wishes.init.kind,
         drop_fraction=wishes.init.drop_fraction,
@@ -93,20 +97,23 @@ def _check_sizes(parent: Checkpoint, wishes: Wishes) -> None:
     arch = parent.architecture
     if wishes.num_experts < arch.num_experts:
         raise InputError(f"num_experts={wishes.num_experts} is less than the parent's {arch.num_experts}; no expert may be lost.")
+    grouped = arch.router_n_groups > 1
     if wishes.num_experts == arch.num_experts and not wishes.regroup:
-        raise InputError(
-            f"num_experts={wishes.num_experts} is what {parent.folder} has; to route the same experts in groups give "
-            "regroup=true (block_spread is the placement for it)."
-        )
+        way = "to route the same experts in groups give regroup=true (block_spread is the placement for it)"
+        if grouped:
+            way = f"it routes in groups already, so give a multiple of it, such as {2 * arch.num_experts}"
+        raise InputError(f"num_experts={wishes.num_experts} is what {parent.folder} has; {way}.")
     if wishes.num_experts != arch.num_experts and wishes.regroup:
         raise InputError(f"regroup=true keeps the {arch.num_experts} experts of {parent.folder}; leave it out to expand them.")
     if wishes.placement not in ("map", "usage") and wishes.num_experts % arch.num_experts:
         copies = wishes.num_experts // arch.num_experts
         near = " or ".join(str(r * arch.num_experts) for r in (copies, copies + 1) if r > 1)
+        unequal = "placement=map" if grouped else "placement=usage or placement=map"
         raise InputError(
             f"num_experts={wishes.num_experts} is not a multiple of the parent's {arch.num_experts}, so parents would get "
-            f"unequal numbers of copies; give {near}, or choose the copies by placement=usage or placement=map."
+            f"unequal numbers of copies; give {near}, or choose the copies by {unequal}."
         )
+    check_number_of_groups(parent, wishes.num_groups)
     _check_groups(wishes, arch.num_experts, arch.num_experts_per_tok)
 
 
@@ -182,12 +189,33 @@ def _popularity(wishes: Wishes, layer: int) -> np.ndarray | None:
     return counts.rank[0] if wishes.placement == "ranked" else counts.usage
 
 
-def check_map(parent: Checkpoint, plan: Plan, where: str, calibration: Calibration | None = None) -> bool:
+def _usage_digest(file: Path) -> str:
+    """SHA-256 of what a usage file says, however it is laid out."""
+    return f"sha256:{hashlib.sha256(json.dumps(read_json(file), sort_keys=True).encode()).hexdigest()}"
+
+
+def check_counts(plan: Plan, where: str, calibration: Calibration | None = None, usage: Path | None = None) -> None:
+    """Refuse a calibration or a usage file that the plan was not made from; `where` holds the plan."""
+    given: dict[str, tuple[Path, str]] = {}
+    if calibration is not None:
+        given["calibration"] = calibration.folder, calibration.digest
+    if usage is not None:
+        given["usage"] = usage, _usage_digest(usage)
+    for key, (source, digest) in given.items():
+        planned = getattr(plan, key)
+        if digest != planned:
+            made = "without one" if planned is None else f"from {planned}"
+            raise InputError(f"{key}={source} is {digest}, but the map of {where} was made {made}.")
+
+
+def check_map(
+    parent: Checkpoint, plan: Plan, where: str, calibration: Calibration | None = None, usage: Path | None = None
+) -> bool:
     """Refuse a map that the plan's placement does not give: a map of a user's own is placement "map".
 
     Args:
         where: what holds the plan, for messages.
-        calibration: used when it is the one that the plan was made from.
+        calibration, usage: used when they are those that the plan was made from.
 
     Returns:
         Whether the map was computed again, slot by slot. One that follows from a calibration or a usage file that is not at hand
@@ -202,9 +230,11 @@ def check_map(parent: Checkpoint, plan: Plan, where: str, calibration: Calibrati
         placements.check_fit(plan.placement, parent.architecture.num_experts, plan.num_experts, plan.num_groups)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
-    at_hand = calibration is not None and calibration.digest == plan.calibration
-    counted = plan.placement in placements.NEEDS_POPULARITY or plan.calibration is not None
-    if plan.placement == "usage" or (counted and not at_hand):
+    calibration = calibration if calibration is not None and calibration.digest == plan.calibration else None
+    usage = usage if usage is not None and _usage_digest(usage) == plan.usage else None
+    counted = calibration is not None or usage is not None
+    lacking = (plan.calibration is not None and calibration is None) or (plan.usage is not None and usage is None)
+    if lacking or (plan.placement in placements.NEEDS_POPULARITY and not counted):
         for layer in parent.architecture.moe_layers:
             _check_form(plan, layer, parent.architecture.num_experts, where)
         return False
@@ -212,7 +242,8 @@ def check_map(parent: Checkpoint, plan: Plan, where: str, calibration: Calibrati
         num_experts=plan.num_experts,
         num_groups=plan.num_groups,
         placement=plan.placement,
-        calibration=calibration if at_hand else None,
+        calibration=calibration,
+        usage=usage,
         init=Init(seed=plan.seed),
     )
     for layer, (row, due_row) in enumerate(zip(plan.slot_to_parent, _maps(parent, wishes), strict=True)):

@@ -9,6 +9,7 @@ Legend: E experts of the parent, S slots (experts of the child), H hidden, I int
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from moexpand.upcycle.config_json import grouped_config, with_vocabulary
 from moexpand.upcycle.families import family_of
 from moexpand.upcycle.family import EXPERT, FUSED, SPLIT, Config, stack_of, with_scales
 from moexpand.upcycle.inits import changes_experts, expert_matrix, router_rows
-from moexpand.upcycle.jobs import Bundle, Job, Made, Place, Stream
+from moexpand.upcycle.jobs import Bundle, Job, Made, Place, Read, Stream, Task
 from moexpand.upcycle.layout import Layout
 from moexpand.upcycle.matrices import check_conversion, matrix_range, read_matrix, stored_unit
 from moexpand.upcycle.plan import Plan, check_plan
@@ -126,35 +127,30 @@ class Recipe:
         first[np.unique(parents, return_index=True)[1]] = self.plan.keep_first
         return first
 
-    def router(self, layer: int) -> np.ndarray:
+    def router(self, layer: int, read: Read | None = None) -> np.ndarray:
         """Router rows [S, H] in their stored dtype."""
         name = self.family.router_name(layer)
-        rows = self.parent.read_numpy(name)[list(self.plan.slot_to_parent[layer])]
+        rows = self.parent.read_numpy(name, read=read)[list(self.plan.slot_to_parent[layer])]
         return router_rows(rows, self.plan.settings, layer, self.exact(layer), NUMPY[self._dtype(name)])
 
-    def matrix(self, layer: int, slot: int, matrix: str, source: np.ndarray | None = None) -> np.ndarray:
-        """A matrix of a slot's expert (a key of `EXPERT`, or its scales), [out, in].
+    def matrix(self, layer: int, slot: int, matrix: str, read: Read | None = None) -> np.ndarray:
+        """A matrix of a slot's expert (a key of `EXPERT`, or its scales), [out, in]; not to be written to.
 
         Args:
-            source: the same matrix of the slot's parent, if it has been read.
+            read: brings the bytes of the slot's parent.
         """
-        copied = read_matrix(self.parent, layer, self.plan.slot_to_parent[layer][slot], matrix) if source is None else source
+        copied = read_matrix(self.parent, layer, self.plan.slot_to_parent[layer][slot], matrix, read)
         if matrix not in EXPERT or not changes_experts(self.plan.settings) or self.exact(layer)[slot]:
             return copied
         return expert_matrix(copied, matrix, self.plan.settings, layer, slot)
 
-    def vocabulary_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+    def vocabulary_rows(self, name: str, start: int, stop: int, read: Read | None = None) -> np.ndarray:
         """Rows [start, stop) of embedding or head, of a child with a vocabulary of its own."""
         assert self.plan.vocabulary is not None
-        read = partial(_read_rows, self.parent, name)
-        return vocabulary.rows(self.plan.vocabulary, read, self._mean_row(name), start, stop)
-
-    def _mean_row(self, name: str) -> Any:
-        """What tokens without an ancestor get; computed once, when it is needed."""
-        assert self.plan.vocabulary is not None
-        if name not in self._means:
-            self._means[name] = vocabulary.mean_row(self.plan.vocabulary, partial(_read_rows, self.parent, name))
-        return self._means[name]
+        read_rows = partial(_read_rows, self.parent, name, read)
+        if name not in self._means:  # what tokens without an ancestor get
+            self._means[name] = vocabulary.mean_row(self.plan.vocabulary, read_rows)
+        return vocabulary.rows(self.plan.vocabulary, read_rows, self._means[name], start, stop)
 
     @cached_property
     def _means(self) -> dict[str, Any]:
@@ -188,58 +184,61 @@ class Recipe:
         elif self.plan.vocabulary is not None and name in (self.family.embedding_name(), self.family.head):
             content = Made(content.nbytes, partial(self._vocabulary_pieces, name))
             origin = f"the plan's rows of the parent's {name}"
-        return Bundle((name,), (Job(content, (Place(name, 0),), origin),))
+        return Bundle((name,), ((Job(content, (Place(name, 0),), origin),),))
 
-    def _router_pieces(self, layer: int) -> Iterator[memoryview]:
-        yield as_bytes(self.router(layer))
+    def _router_pieces(self, layer: int, read: Read) -> Iterator[memoryview]:
+        yield as_bytes(self.router(layer, read))
 
-    def _vocabulary_pieces(self, name: str) -> Iterator[memoryview]:
+    def _vocabulary_pieces(self, name: str, read: Read) -> Iterator[memoryview]:
         dtype, (rows, width) = self.tensors[name]
         step = max(1, VOCABULARY_PIECE // nbytes(dtype, (width,)))
         for start in range(0, rows, step):
-            yield as_bytes(self.vocabulary_rows(name, start, min(start + step, rows)))
+            yield as_bytes(self.vocabulary_rows(name, start, min(start + step, rows), read))
 
     def _experts(self, layer: int) -> Iterator[Bundle]:
         """One bundle for each expert of the parent with all its copies; in fused files one for each of the layer's stacks."""
         parents = np.array(self.plan.slot_to_parent[layer])
-        jobs = {
-            expert: tuple(self._expert_jobs(layer, expert, np.flatnonzero(parents == expert).tolist()))
-            for expert in range(self.parent.architecture.num_experts)
-        }
+        slots = [np.flatnonzero(parents == expert).tolist() for expert in range(self.parent.architecture.num_experts)]
         if self.plan.experts_layout == FUSED:
-            for name in (self.family.stack_name(layer, stack) for stack in stacks(self.matrices)):
-                yield Bundle((name,), tuple(job for own in jobs.values() for job in own if job.places[0].tensor == name))
+            for stack, matrices in stacks(self.matrices).items():
+                tasks = (task for expert, own in enumerate(slots) for task in self._tasks(layer, expert, own, matrices))
+                yield Bundle((self.family.stack_name(layer, stack),), tuple(tasks))
             return
-        for expert, own in jobs.items():
-            slots = np.flatnonzero(parents == expert).tolist()
-            yield Bundle(tuple(self.family.expert_name(layer, slot, name) for slot in slots for name in self.matrices), own)
+        for expert, own in enumerate(slots):
+            names = tuple(self.family.expert_name(layer, slot, matrix) for slot in own for matrix in self.matrices)
+            tasks = (task for stack in stacks(self.matrices).values() for task in self._tasks(layer, expert, own, stack))
+            yield Bundle(names, tuple(tasks))
 
-    def _expert_jobs(self, layer: int, expert: int, slots: list[int]) -> Iterator[Job]:
-        """The pieces of an expert of the parent: copies as one job, slots that differ from each other as one job each."""
+    def _tasks(self, layer: int, expert: int, slots: list[int], stack: tuple[str, ...]) -> Iterator[Task]:
+        """What makes a stack's matrices of an expert of the parent, and all its copies.
+
+        The pieces of the child that lie in the parent's file as one run of bytes are one task.
+        """
+        pieces = [stack] if self._transposed else [(matrix,) for matrix in stack]
+        jobs = [tuple(self._expert_jobs(layer, expert, slots, piece)) for piece in pieces]
+        yield from [tuple(chain.from_iterable(jobs))] if self.parent.transposed else jobs
+
+    def _expert_jobs(self, layer: int, expert: int, slots: list[int], piece: tuple[str, ...]) -> Iterator[Job]:
+        """A piece of an expert of the parent: copies as one job, slots that differ from each other as one job each."""
         kept = self.exact(layer)
         copies = [slot for slot in slots if kept[slot] or not changes_experts(self.plan.settings)]
-        for piece in self._pieces():
-            if copies:
-                content = self._copied(layer, expert, piece) or Made(
-                    self._piece_bytes(piece), partial(self._unit_pieces, layer, copies[0], piece)
-                )
-                origin = f"the parent's {' and '.join(piece)} of expert {expert} in layer {layer}"
-                yield Job(content, tuple(self._place(layer, slot, piece) for slot in copies), origin)
-            for slot in slots:
-                if slot not in copies:
-                    content = Made(self._piece_bytes(piece), partial(self._unit_pieces, layer, slot, piece))
-                    yield Job(content, (self._place(layer, slot, piece),), f"the plan's slot {slot} of layer {layer}")
+        if copies:
+            content = self._copied(layer, expert, piece) if len(copies) == len(slots) else None
+            origin = f"the parent's {' and '.join(piece)} of expert {expert} in layer {layer}"
+            places = tuple(self._place(layer, slot, piece) for slot in copies)
+            yield Job(content or self._made(layer, copies[0], piece), places, origin)
+        for slot in slots:
+            if slot not in copies:
+                place = self._place(layer, slot, piece)
+                yield Job(self._made(layer, slot, piece), (place,), f"the plan's slot {slot} of layer {layer}")
+
+    def _made(self, layer: int, slot: int, piece: tuple[str, ...]) -> Made:
+        return Made(self._piece_bytes(piece), partial(self._unit_pieces, layer, slot, piece))
 
     @property
     def _transposed(self) -> bool:
         """Whether the child's stacks are [S, in, out]; they are written as on the hub, which is what the model code reads."""
         return self.plan.experts_layout == FUSED and self.family.transposed
-
-    def _pieces(self) -> list[tuple[str, ...]]:
-        """The matrices of an expert that lie in the child's files as one run of bytes: each for itself, unless transposed."""
-        if self._transposed:
-            return list(stacks(self.matrices).values())
-        return [(matrix,) for matrix in self.matrices]
 
     def _piece_bytes(self, piece: tuple[str, ...]) -> int:
         return sum(nbytes(self.parent.dtypes[matrix], matrix_shape(self.architecture, matrix)) for matrix in piece)
@@ -259,8 +258,8 @@ class Recipe:
         before = sum(self._piece_bytes((matrix,)) for matrix in stack[: stack.index(piece[0])])
         return Place(self.family.stack_name(layer, stack_of(piece[0])), slot * unit + before)
 
-    def _unit_pieces(self, layer: int, slot: int, piece: tuple[str, ...]) -> Iterator[memoryview]:
-        matrices = [self.matrix(layer, slot, matrix) for matrix in piece]
+    def _unit_pieces(self, layer: int, slot: int, piece: tuple[str, ...], read: Read) -> Iterator[memoryview]:
+        matrices = [self.matrix(layer, slot, matrix, read) for matrix in piece]
         yield as_bytes(stored_unit(matrices, self._transposed))
 
 
@@ -269,5 +268,5 @@ def as_bytes(array: np.ndarray) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
-def _read_rows(parent: Checkpoint, name: str, first: int, last: int) -> np.ndarray:
-    return parent.read_numpy(name, slice(first, last))
+def _read_rows(parent: Checkpoint, name: str, read: Read | None, first: int, last: int) -> np.ndarray:
+    return parent.read_numpy(name, slice(first, last), read)

@@ -64,11 +64,6 @@ def tokenizer_files(folder: Path) -> list[Path]:
     return sorted({path.relative_to(folder) for pattern in PATTERNS for path in Path(folder).glob(pattern) if path.is_file()})
 
 
-def token_ids(folder: Path) -> dict[str, int]:
-    """Id of every token of the tokenizer in `folder`, by its name in the files; `<|DOMAIN_piece|>` for pieces of a domain."""
-    return {token.name: number for number, token in read_tokens(folder).items()}
-
-
 def read_tokens(folder: Path) -> dict[int, Token]:
     """Token of every id of the tokenizer in `folder`.
 

@@ -5,27 +5,26 @@ time.
 """
 
 import hashlib
-import mmap
-import os
 import threading
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from moexpand.base.errors import CheckFailed, InputError
-from moexpand.base.files import disk_errors, read_json, sha256
-from moexpand.upcycle.checkpoint import CONFIG, EXPANSION, INDEX, Checkpoint, open_checkpoint, read_into
+from moexpand.base.files import read_json, sha256
+from moexpand.upcycle.calibration import Calibration
+from moexpand.upcycle.checkpoint import CONFIG, EXPANSION, INDEX, Checkpoint, open_checkpoint
 from moexpand.upcycle.checksums import CHECKSUM, tensor_checksum
-from moexpand.upcycle.crew import PIECE, Progress, run_jobs
-from moexpand.upcycle.jobs import Job, Made
+from moexpand.upcycle.crew import Progress, default_workers, run_threads
+from moexpand.upcycle.direct import MARGIN, aligned_buffer
+from moexpand.upcycle.jobs import Job, Task
 from moexpand.upcycle.model_code import code_files
 from moexpand.upcycle.plan import Plan
-from moexpand.upcycle.planner import check_map
+from moexpand.upcycle.planner import check_counts, check_map
+from moexpand.upcycle.reading import PIECE, OneFile, Reader
 from moexpand.upcycle.recipe import Recipe
 from moexpand.upcycle.safetensors_file import METADATA, TensorInfo, read_metadata
 
@@ -40,10 +39,10 @@ NAMED = 5
 class Findings:
     """Differences found so far, and digests of what every tensor should be; threads add to both."""
 
+    pieces: dict[str, dict[int, bytes]]
+    """SHA-256 of each piece of each tensor, by its offset."""
     lines: dict[tuple[str, str], str] = field(default_factory=dict)
     """What differs first in each tensor, and in each slot of a stack."""
-    pieces: dict[str, dict[int, bytes]] = field(default_factory=lambda: defaultdict(dict))
-    """SHA-256 of each piece of each tensor, by its offset."""
 
     def raise_any(self) -> None:
         """Raise a `CheckFailed` that names the first differences, when there are any."""
@@ -59,8 +58,8 @@ class Proof:
     Attributes:
         tensors, nbytes: of the child.
         plan: that it follows.
-        map_computed: whether the plan's map was computed again; otherwise it was counted from a calibration or a usage file, or
-            is a user's own.
+        map_computed: whether the plan's map was computed again; otherwise it was made from a calibration or a usage file that
+            was not given, or is a user's own.
     """
 
     tensors: int
@@ -84,15 +83,24 @@ class Expansion:
     """Of files that are not the parent's: model code, and the tokenizer of a child with a vocabulary of its own."""
 
 
-def verify(source: Path, target: Path, workers: int = 0, progress: Progress = lambda compared: None) -> Proof:
+def verify(
+    source: Path,
+    target: Path,
+    workers: int = 0,
+    progress: Progress = lambda compared: None,
+    calibration: Calibration | None = None,
+    usage: Path | None = None,
+) -> Proof:
     """Prove that every tensor and file of the child `target` equals its recipe.
 
     Args:
         progress: told how many bytes of the child's shards were compared since its last call, from several threads.
+        calibration, usage: those that the plan's map was made from; without them such a map is taken as it is recorded.
 
     Raises:
         CheckFailed: something differs; the message names the tensors or files.
-        InputError: a folder does not exist, the parent is damaged, or the target was not written by an expansion.
+        InputError: a folder does not exist, the parent is damaged, the target was not written by an expansion, or its map was
+            not made from the calibration or the usage file.
     """
     parent = open_checkpoint(source)
     if not (Path(target) / EXPANSION).is_file():
@@ -103,13 +111,13 @@ def verify(source: Path, target: Path, workers: int = 0, progress: Progress = la
         recipe = Recipe(parent, expansion.plan, str(child.folder / EXPANSION))
     except InputError as error:
         raise CheckFailed(str(error)) from None
-    computed = _check_structure(child, expansion, recipe)
+    check_counts(expansion.plan, str(child.folder / EXPANSION), calibration, usage)
+    computed = _check_plan(child, expansion, recipe, calibration, usage)
+    _check_structure(child, expansion, recipe)
     progress(folder_bytes(child.folder) - child.nbytes)  # the headers
-    findings, buffers = Findings(), threading.local()
-    jobs: list[Callable[[], None]] = [
-        partial(_compare, job, recipe, child, findings, buffers, progress) for bundle in recipe.bundles() for job in bundle.jobs
-    ]
-    run_jobs(jobs, workers)
+    findings = Findings({name: {} for name in recipe.tensors})
+    queue = _Queue(recipe)
+    run_threads(lambda: _Comparer(recipe, child, findings, progress).work(queue), workers or default_workers(), queue.stopping)
     _compare_checksums(findings, expansion)
     findings.raise_any()
     return Proof(len(child.tensors), child.nbytes, expansion.plan, computed)
@@ -146,9 +154,8 @@ def read_expansion(folder: Path) -> Expansion:
     return Expansion(plan, str(record.get("checksum_of_plan")), checksums, pieces, code | tokenizer)
 
 
-def _check_structure(child: Checkpoint, expansion: Expansion, recipe: Recipe) -> bool:
-    """Everything but the tensors' bytes; returns whether the map was computed again."""
-    computed = _check_plan(child, expansion, recipe)
+def _check_structure(child: Checkpoint, expansion: Expansion, recipe: Recipe) -> None:
+    """Everything but plan and config, and the tensors' bytes."""
     for name, (dtype, shape) in recipe.tensors.items():
         if name not in child.tensors:
             raise CheckFailed(f"{child.folder} has no tensor {name}, which the plan calls for.")
@@ -164,11 +171,16 @@ def _check_structure(child: Checkpoint, expansion: Expansion, recipe: Recipe) ->
                 raise CheckFailed(f"{child.folder} {what} {name}, which is no tensor of the child.")
     _check_metadata(child)
     _check_files(recipe, child, expansion.files)
-    return computed
 
 
-def _check_plan(child: Checkpoint, expansion: Expansion, recipe: Recipe) -> bool:
-    """Config and map are those that the plan's own words call for, and the plan is the one that was written."""
+def _check_plan(
+    child: Checkpoint, expansion: Expansion, recipe: Recipe, calibration: Calibration | None, usage: Path | None
+) -> bool:
+    """Config and map are those that the plan's own words call for, and the plan is the one that was written.
+
+    Returns:
+        Whether the map was computed again.
+    """
     due = recipe.config
     for key in sorted(due.keys() | child.config.keys()):
         if key not in due or key not in child.config or due[key] != child.config[key]:
@@ -176,7 +188,7 @@ def _check_plan(child: Checkpoint, expansion: Expansion, recipe: Recipe) -> bool
                 f"{child.folder / CONFIG} has {key}={child.config.get(key)!r}, but {due.get(key)!r} follows from the parent."
             )
     try:
-        computed = check_map(recipe.parent, recipe.plan, str(child.folder / EXPANSION))
+        computed = check_map(recipe.parent, recipe.plan, str(child.folder / EXPANSION), calibration, usage)
     except InputError as error:
         raise CheckFailed(str(error)) from None
     if recipe.plan.digest != expansion.plan_checksum:
@@ -218,47 +230,56 @@ def _check_files(recipe: Recipe, child: Checkpoint, own: dict[str, str]) -> None
             raise CheckFailed(f"{child.folder / name} differs from {origin}.")
 
 
-def _compare(
-    job: Job, recipe: Recipe, child: Checkpoint, findings: Findings, buffers: threading.local, progress: Progress
-) -> None:
-    """Compare one piece of the child, as it should be, with all its places."""
-    if not hasattr(buffers, "pair"):
-        buffers.pair = [memoryview(mmap.mmap(-1, PIECE)) for _ in range(2)]
-    digest = hashlib.sha256()
-    with ExitStack() as stack:
-        places = [(child.tensors[place.tensor], place.offset) for place in job.places]
-        files = [_open(stack, info) for info, _ in places]
+class _Queue:
+    """The tasks of a recipe, for threads to share."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.stopping = threading.Event()
+        self._tasks = (task for bundle in recipe.bundles() for task in bundle.tasks)
+        self._lock = threading.Lock()
+
+    def __iter__(self) -> Iterator[Task]:
+        while not self.stopping.is_set():
+            with self._lock:
+                task = next(self._tasks, None)
+            if task is None:
+                return
+            yield task
+
+
+class _Comparer:
+    """One thread's comparison of what the child should hold with what its files hold."""
+
+    def __init__(self, recipe: Recipe, child: Checkpoint, findings: Findings, progress: Progress) -> None:
+        self.child, self.findings, self.progress = child, findings, progress
+        self.reader, self.file, self.buffer = Reader(recipe.parent), OneFile(), aligned_buffer(PIECE + MARGIN)
+
+    def work(self, queue: _Queue) -> None:
+        """Do tasks until none is left."""
+        with closing(self.reader), closing(self.file):
+            for task in queue:
+                for job in task:
+                    self._compare(job)
+
+    def _compare(self, job: Job) -> None:
+        """Compare one piece of the child, as it should be, with all its places."""
+        digest = hashlib.sha256()
         done = 0
-        for due in _content(job, recipe, buffers.pair[0]):
+        for due in self.reader.pieces(job.content):
             digest.update(due)
-            found = buffers.pair[1][: len(due)]
-            for (info, offset), file in zip(places, files, strict=True):
-                begin = offset + done
-                read_into(file, found, info.start + begin, info.file)
-                if (at := _first_difference(due, found)) is not None:
-                    unit, row = _unit(info, begin + at)
-                    line = f"{info.name} differs{unit} from {job.origin} at its byte {begin + at:,}{row}"
-                    findings.lines.setdefault((info.name, unit), line)
+            for place in job.places:
+                self._compare_piece(job, due, self.child.tensors[place.tensor], place.offset + done)
             done += len(due)
-            progress(len(due) * len(places))
-    for place in job.places:
-        findings.pieces[place.tensor][place.offset] = digest.digest()
+            self.progress(len(due) * len(job.places))
+        for place in job.places:
+            self.findings.pieces[place.tensor][place.offset] = digest.digest()
 
-
-def _content(job: Job, recipe: Recipe, buffer: memoryview) -> Iterator[memoryview]:
-    """The bytes that each of a job's places should hold, at most a buffer at a time."""
-    if isinstance(job.content, Made):
-        for piece in job.content.pieces():
-            for begin in range(0, len(piece), len(buffer)):
-                yield piece[begin : begin + len(buffer)]
-        return
-    info = recipe.parent.info(job.content.tensor)
-    with ExitStack() as stack:
-        file = _open(stack, info)
-        for begin in range(job.content.start, job.content.stop, len(buffer)):
-            part = buffer[: min(len(buffer), job.content.stop - begin)]
-            read_into(file, part, info.start + begin, info.file)
-            yield part
+    def _compare_piece(self, job: Job, due: memoryview, info: TensorInfo, begin: int) -> None:
+        found = self.file.open(info.file).read(self.buffer, info.start + begin, len(due))
+        if (at := _first_difference(due, found)) is not None:
+            unit, row = _unit(info, begin + at)
+            line = f"{info.name} differs{unit} from {job.origin} at its byte {begin + at:,}{row}"
+            self.findings.lines.setdefault((info.name, unit), line)
 
 
 def _unit(info: TensorInfo, at: int) -> tuple[str, str]:
@@ -269,13 +290,6 @@ def _unit(info: TensorInfo, at: int) -> tuple[str, str]:
     if ".experts." in info.name:
         return (f" in slot {place}" if len(info.shape) == 3 else ""), ""
     return "", f", in row {place}" if len(info.shape) == 2 else ""
-
-
-def _open(stack: ExitStack, info: TensorInfo) -> int:
-    with disk_errors(f"reading {info.file}"):
-        descriptor = os.open(info.file, os.O_RDONLY)
-    stack.callback(os.close, descriptor)
-    return descriptor
 
 
 def _first_difference(ours: memoryview, theirs: memoryview) -> int | None:

@@ -207,7 +207,7 @@ def mean_row(growth: Growth, read_rows: ReadRows) -> np.ndarray | None:
     total = np.zeros(sample.size)
     for start, stop in growth.used:
         for first in range(start, stop, step):
-            total += read_rows(first, min(stop, first + step)).astype(np.float64).sum(axis=0)
+            _add(total, read_rows(first, min(stop, first + step)))
     return _rounded_once(total / sum(stop - start for start, stop in growth.used), sample.dtype)
 
 
@@ -224,11 +224,19 @@ def rows(growth: Growth, read_rows: ReadRows, mean: np.ndarray | None, start: in
             parts.append(read_rows(source, source + length))
         elif isinstance(source, tuple):
             pieces = np.concatenate([read_rows(piece, piece + 1) for piece in source])
-            parts.append(_rounded_once(pieces.astype(np.float64).mean(axis=0), pieces.dtype)[None])
+            total = np.zeros(pieces.shape[1])
+            _add(total, pieces)
+            parts.append(_rounded_once(total / len(pieces), pieces.dtype)[None])
         else:
             assert mean is not None
             parts.append(np.broadcast_to(mean, (length, *mean.shape)))
     return np.concatenate(parts) if len(parts) > 1 else np.ascontiguousarray(parts[0])
+
+
+def _add(total: np.ndarray, rows: np.ndarray) -> None:
+    """Add rows to a float64 total one by one: numpy leaves open in which order its own sums add."""
+    for row in rows.astype(np.float64):
+        total += row
 
 
 def _rounded_once(values: np.ndarray, dtype: np.dtype) -> np.ndarray:

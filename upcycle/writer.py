@@ -3,8 +3,8 @@
 A shard is the unit of work: claimed, written under a temporary name with its full size reserved, synced, renamed, and recorded
 in a manifest. What a manifest records is never written again, so that a killed expansion goes on where it was, and several
 processes, on one host or many, share the shards of one target. Inside a process threads work on the jobs of a shard together, and
-begin the next one when no job of it is left (upcycle/crew.py). Every job reads or makes its content once, in pieces of `PIECE`
-bytes, and each piece is written to all its places. Memory is one piece a worker, whatever the model's size.
+begin the next one when none of it is left (upcycle/crew.py). Every byte of the parent is read once, by the task that needs it, in
+pieces of `PIECE` bytes, and each piece is written to all its places. Memory does not depend on the model's size.
 """
 
 import signal
@@ -22,7 +22,7 @@ from moexpand.base.files import disk_errors, read_json, sha256, write_atomic, wr
 from moexpand.upcycle.checkpoint import CONFIG, EXPANSION, INDEX, file_states, side_file_bytes
 from moexpand.upcycle.checksums import CHECKSUM, tensor_checksum
 from moexpand.upcycle.claims import Claims
-from moexpand.upcycle.crew import Crew, Progress, default_workers, run_jobs
+from moexpand.upcycle.crew import Crew, Progress, default_workers, run_threads
 from moexpand.upcycle.direct import can_clone
 from moexpand.upcycle.jobs import Job
 from moexpand.upcycle.layout import Layout, check_space, copy_side_files, parse_size, plan_layout
@@ -45,7 +45,7 @@ class Summary:
 
     Attributes:
         tensors, shards: of the child, whoever wrote them.
-        bytes_read, bytes_written: by this process; content that is computed counts as read once.
+        bytes_read, bytes_written: of tensors, by this process.
         seconds: of this process.
         shared: bytes that this process let share the blocks of equal ones instead of writing them.
         resumed: shards that were finished before this process began.
@@ -118,8 +118,9 @@ def expand(
             if signals and not _published(recipe, partial):
                 raise Stopped(f"Stopped by {signals[0]}.")
         except BaseException as error:
-            if not isinstance(error, EnvironmentFailure) or not _published(recipe, partial):
+            if not isinstance(error, EnvironmentFailure | InputError) or not _published(recipe, partial):
                 _give_up(crew, error)
+    partial.clear()
     return Summary(
         len(layout.tensors), len(layout.sizes), crew.read, crew.written, time.monotonic() - begin, crew.shared, resumed
     )
@@ -141,10 +142,9 @@ def _begin(recipe: Recipe, partial: PartialFolder, identity: dict[str, Any], res
 
 def _write(recipe: Recipe, crew: Crew, workers: int, say: Callable[[str], None], source: dict[Path, tuple[int, int]]) -> None:
     """Write shards until all are finished, by this process or others, and publish the child unless another does."""
-    threads = workers or default_workers()
     waiting = False
     while True:
-        run_jobs([crew.work] * threads, threads)
+        run_threads(crew.work, workers or default_workers(), crew.stopping)
         if crew.stopping.is_set() or _published(recipe, crew.partial):
             return
         _check_source(recipe, crew, source)
@@ -170,6 +170,7 @@ def _check_source(recipe: Recipe, crew: Crew, before: dict[Path, tuple[int, int]
 def _publish(recipe: Recipe, crew: Crew) -> None:
     """Write everything besides the shards and give the folder the target's name."""
     partial, layout = crew.partial, crew.layout
+    partial.check_same()
     folder = partial.writing / f"{FINISH}.{crew.claims.held[FINISH][1].token}"
     folder.mkdir()
     model_type = recipe.config["model_type"]
@@ -242,7 +243,9 @@ def _give_up(crew: Crew, error: BaseException) -> None:
         kept = "nothing was left behind" if gone else f"what was finished is in {partial.folder}, and resume=true goes on with it"
     else:
         kept = "nothing was left behind"
-        if finished or others:
+        if not partial.same():
+            kept = "its folder is not this process's any more"
+        elif finished or others:
             count = f"{finished} of {len(crew.layout.sizes)} shards"
             kept = f"{count} are finished in {partial.folder}, and resume=true goes on with them"
         else:

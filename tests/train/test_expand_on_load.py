@@ -199,7 +199,7 @@ def _words(shards: Path, run: Path, checkpoint: Path, **changes: object) -> list
 
 
 def _train_here(words: list[str]) -> None:
-    """What a worker does, on one rank of this process."""
+    """What a worker does, in this process."""
     from moexpand.conf.compose import compose_words
     from moexpand.parallel import ranks
     from moexpand.train.__main__ import run
@@ -212,25 +212,46 @@ def _train_here(words: list[str]) -> None:
         ranks.stop()
 
 
+def _train_on_ranks(commands: list[list[str]]) -> None:
+    """What every worker does for each of these commands."""
+    for words in commands:
+        _train_here(words)
+        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)  # a quicker rank would meet the others' old store
+
+
 @pytest.fixture(scope="module")
-def expanded_run(parent: Path, plan: Path, child: Path, shards: Path) -> Path:
-    """Two steps on two ranks from parent and plan, and a third from the same plan as the child's expansion.json has it."""
-    run = parent.with_name("expanded")
-    for steps, expand in ((2, plan), (3, child / "expansion.json")):
-        done = moexpand(*_words(shards, run, parent, expand=expand, train__steps=steps))
-        assert done.returncode == 0, done.stderr
-    return run
+def runs(parent: Path, plan: Path, child: Path, shards: Path) -> tuple[Path, Path]:
+    """Four steps on two ranks, from parent and plan and from the written child; the first two steps by the real command.
 
-
-def test_the_run_is_the_run_of_the_written_child(expanded_run: Path, child: Path, plan: Path, shards: Path) -> None:
-    run = child.with_name("written")
-    done = moexpand(*_words(shards, run, child, train__steps=3))
+    The third step begins when the plan's file is gone, the fourth with the same plan as the child's expansion.json has it.
+    """
+    run, written, moved = parent.with_name("expanded"), parent.with_name("written"), parent.with_name("moved.json")
+    shutil.copy(plan, moved)
+    done = moexpand(*_words(shards, run, parent, expand=moved, train__steps=2))
     assert done.returncode == 0, done.stderr
-    assert _trajectory(expanded_run) == _trajectory(run)
-    assert [row[0] for row in _trajectory(run)] == [1, 2, 3]
-    config = yaml.safe_load((expanded_run / "config.yaml").read_text())
+    moved.unlink()
+    goes_on = [
+        _words(shards, run, parent, expand=file, train__steps=steps)
+        for steps, file in ((3, moved), (4, child / "expansion.json"))
+    ]
+    run_on_ranks(_train_on_ranks, 2, [*goes_on, _words(shards, written, child, train__steps=4)])
+    return run, written
+
+
+@pytest.fixture(scope="module")
+def expanded_run(runs: tuple[Path, Path]) -> Path:
+    return runs[0]
+
+
+def test_the_run_is_the_run_of_the_written_child(runs: tuple[Path, Path], child: Path, plan: Path) -> None:
+    run, written = runs
+    assert _trajectory(run) == _trajectory(written)
+    assert [row[0] for row in _trajectory(run)] == [1, 2, 3, 4]
+    config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["expand"] == str(child / "expansion.json")
     assert config["checkpoint"] == str(child.with_name("parent"))
+    assert read_plan(run / "plan.json") == read_plan(plan)
+    assert not (written / "plan.json").exists()
 
 
 def test_the_export_is_a_whole_grouped_folder(expanded_run: Path, tmp_path: Path, shards: Path, parent: Path) -> None:
@@ -267,7 +288,9 @@ def test_an_export_with_another_vocabulary_has_the_tokenizer_of_the_shards(base:
     assert _main("upcycle", f"source={parent}", f"target={tmp_path / 'none'}", *asked, f"plan_out={tmp_path / 'plan.json'}") == 0
     alone = {"launch.processes": 1, "parallel.expert": 1, "train.steps": 1}
     _train_here(_words(shards, tmp_path / "run", parent, expand=tmp_path / "plan.json", **alone))
-    assert _main("export", f"run={tmp_path / 'run'}", f"target={tmp_path / 'exported'}") == 0
+    (tmp_path / "plan.json").unlink()
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    assert _main("export", f"run={tmp_path / 'elsewhere'}", f"target={tmp_path / 'exported'}") == 0
     tokenizer, own = AutoTokenizer.from_pretrained(tmp_path / "exported"), PackedData(shards, 64, 4, 0).tokenizer
     assert tokenizer.encode("the router sends tokens") == own.encode("the router sends tokens")
     assert (tmp_path / "exported" / "NOTICE").read_text() == "of the parent"
@@ -285,15 +308,19 @@ def test_logits_of_a_fused_child_are_those_of_the_split_one(child: Path, parent:
 
 
 def test_another_plan_is_not_gone_on_from(expanded_run: Path, parent: Path, plan: Path, child: Path, shards: Path) -> None:
-    """The sentence names the plan with both digests."""
-    other = parent.with_name("other.json")
+    """The sentence names the plan with both digests. The run's own copy is no way round."""
+    other, own, gone = parent.with_name("other.json"), expanded_run / "plan.json", parent.with_name("gone.json")
     other.write_text(json.dumps(json.loads(plan.read_text()) | {"seed": 6}))
-    before, alone = _trajectory(expanded_run), {"launch.processes": 1, "parallel.expert": 1, "train.steps": 4}
-    for checkpoint, expand in ((parent, other), (child, None)):
+    before, alone = _trajectory(expanded_run), {"launch.processes": 1, "parallel.expert": 1, "train.steps": 5}
+    copy = own.read_text()
+    for checkpoint, expand, edited in ((parent, other, copy), (child, None, copy), (parent, gone, other.read_text())):
+        own.write_text(edited)
         words = _words(shards, expanded_run, checkpoint, expand=expand, **alone)
         with pytest.raises(InputError, match="the plan of expand was 'sha256:") as caught:
             _train_here(words)
-        assert f"and is {None if expand is None else repr(read_plan(expand).digest)}" in str(caught.value)
+        assert f"and is {None if expand is None else repr(read_plan(other).digest)}" in str(caught.value)
+        assert own.read_text() == edited
+    own.write_text(copy)
     assert _trajectory(expanded_run) == before
 
 
@@ -326,6 +353,26 @@ def test_a_plan_needs_its_parent(refused: Any, plan: Path, parent: Path, child: 
     for name, text in (("config", "{}"), ("list", "[]"), ("text", "plan")):
         (tmp_path / name).write_text(text)
         assert str(tmp_path / name) in refused(checkpoint=parent, expand=tmp_path / name)
+
+
+def test_a_map_that_its_placement_does_not_give_is_refused_as_upcycle_does(
+    refused: Any, plan: Path, parent: Path, child: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edited = json.loads(plan.read_text())
+    row = edited["slot_to_parent"][1]
+    row[0], row[1] = row[1], row[0]
+    (tmp_path / "edited.json").write_text(json.dumps(edited))
+    said = refused(checkpoint=parent, expand=tmp_path / "edited.json")
+    assert f"edited.json maps slot 0 of layer 1 to expert {row[0]}, but placement quarters_spread to {row[1]}" in said
+    assert _main("upcycle", f"source={parent}", f"target={tmp_path / 'child'}", f"plan={tmp_path / 'edited.json'}") == 2
+    assert capsys.readouterr().err.strip() == said
+    (tmp_path / "edited.json").write_text(json.dumps(edited | {"placement": "map"}))
+    config = compose(
+        "train", [f"checkpoint={parent}", f"expand={tmp_path / 'edited.json'}", "data.shards=x", f"run.dir={tmp_path}"]
+    )
+    found = source_of(config).plan
+    assert found is not None
+    assert list(found.slot_to_parent[1]) == row
 
 
 def _fp8(tensors: stacks.Tensors) -> stacks.Tensors:

@@ -215,27 +215,46 @@ def test_gates_and_ups_of_two_dtypes_are_not_stacked(matrix: str, tmp_path: Path
     verify(down.folder, child)
 
 
-@pytest.mark.parametrize(
-    ("part", "says"),
-    [
-        ("layers.2.", r"has no tensor model\.layers\.0\.mlp\.experts\.gate_up_proj"),
-        ("layers.0.", r"has no tensor model\.layers\.2\.mlp\.experts\.gate_up_proj"),
-        ("down_proj", r"has no tensor model\.layers\.0\.mlp\.experts\.gate_up_proj"),
-    ],
+MIXED = (
+    r"holds experts stacked \(model\.layers\.{}_proj\) and others one by one \(model\.layers\.\d\.mlp\.experts\.\d\.\w+\.weight\)"
 )
-def test_stacked_and_single_experts_in_one_folder_are_refused_by_name(part: str, says: str, tmp_path: Path) -> None:
+
+
+@pytest.mark.parametrize(
+    ("part", "stack"),
+    [("layers.2.", r"2\.\S+\.(gate_up|down)"), ("layers.0.", r"0\.\S+\.(gate_up|down)"), ("down_proj", r"\S+\.down")],
+)
+def test_stacked_and_single_experts_in_one_folder_are_refused_by_name(part: str, stack: str, tmp_path: Path) -> None:
     def mix(tensors: Tensors) -> Tensors:
         stacked = {name: value for name, value in tensors.items() if part in name}
         return {name: value for name, value in tensors.items() if part not in name} | stored(stacked, transposed=False)
 
-    with pytest.raises(InputError, match=says):
+    with pytest.raises(InputError, match=MIXED.format(stack)):
         open_checkpoint(make("qwen3_moe", tmp_path / "parent", change=mix).folder)
 
 
 def test_experts_stored_both_ways_at_once_are_refused_by_name(tmp_path: Path) -> None:
     parent = make("qwen3_moe", tmp_path / "parent", change=lambda tensors: tensors | stored(tensors, transposed=False))
-    with pytest.raises(InputError, match=r"holds model\.layers\.\d\.mlp\.experts\.\d\.\w+\.weight, which is no tensor"):
+    with pytest.raises(InputError, match=MIXED.format(r"\S+")):
         open_checkpoint(parent.folder)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_stored_head_beside_a_tied_one_is_refused_with_both_ways_out(family: str, tmp_path: Path) -> None:
+    """transformers 5 unties heads that differ from the embedding, 4 drops them: which one holds is the user's to say."""
+    untied = make(family, tmp_path / "untied")
+    shutil.copytree(untied.folder, tmp_path / "tied")
+    (tmp_path / "tied" / "config.json").write_text(json.dumps(untied.config | {"tie_word_embeddings": True}))
+    with pytest.raises(
+        InputError, match=r"holds lm_head\.weight, .*tied/config\.json has tie_word_embeddings=true, .*; set it to false"
+    ):
+        open_checkpoint(tmp_path / "tied")
+    open_checkpoint(untied.folder)  # the first way out
+    files = {name: value for name, value in read(tmp_path / "tied").items() if name != "lm_head.weight"}
+    for file in (tmp_path / "tied").glob("model*"):
+        file.unlink()
+    save_file(files, tmp_path / "tied" / "model.safetensors")
+    assert "lm_head.weight" not in open_checkpoint(tmp_path / "tied").tensors
 
 
 def test_a_missing_tower_or_buffer_of_another_shape_is_named(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ to the lowest slot, weights by the softmax over those chosen.
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -107,6 +108,23 @@ def test_another_number_of_groups_than_the_parents_is_refused(groups: int, tmp_p
     parent = make("interns1_pro", tmp_path / "parent")
     with pytest.raises(InputError, match="routes in 8 groups already; its child must have num_groups=8"):
         expanded(parent, tmp_path / "child", num_groups=groups)
+
+
+@pytest.mark.parametrize(
+    ("wishes", "says", "accepted"),
+    [
+        ({"num_experts": 16}, "it routes in groups already, so give a multiple of it, such as 32", {"num_experts": 32}),
+        ({"num_experts": 40}, "give 32 or 48, or choose the copies by placement=map", {"num_experts": 48}),
+        ({"num_groups": 3}, "routes in 8 groups already; its child must have num_groups=8", {"num_groups": 8}),
+    ],
+)
+def test_hints_name_what_a_parent_with_groups_can_have(
+    wishes: dict[str, Any], says: str, accepted: dict[str, Any], tmp_path: Path
+) -> None:
+    parent = make("interns1_pro", tmp_path / "parent")
+    with pytest.raises(InputError, match=says):
+        expanded(parent, tmp_path / "child", **wishes)
+    expanded(parent, tmp_path / "child", **accepted)
 
 
 def test_a_plan_that_moves_a_slot_out_of_its_group_is_refused(tmp_path: Path) -> None:

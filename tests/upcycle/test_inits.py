@@ -230,17 +230,36 @@ def test_router_rows_do_not_depend_on_which_other_slots_are_exact() -> None:
     assert np.array_equal(router_rows(rows, init, 0, some, BF16)[~some], noisy[~some])
 
 
+@settings(max_examples=40, deadline=None)
+@given(width=st.integers(1, 300), seed=st.integers(0, 9))
+def test_rows_are_summed_in_the_order_that_is_written_down(width: int, seed: int) -> None:
+    """Addition by addition in Python: 64 columns onto the first 64, then the later half onto the earlier."""
+    row = (np.random.default_rng(seed).standard_normal(width) * 1e3).tolist()
+    lanes = row[:64]
+    for place, value in enumerate(row[64:]):
+        lanes[place % 64] += value
+    while len(lanes) > 1:
+        half = (len(lanes) + 1) // 2
+        for place, value in enumerate(lanes[half:]):
+            lanes[place] += value
+        lanes = lanes[:half]
+    assert inits._row_sums(np.array([row, row])).tolist() == lanes * 2
+
+
 def test_the_recipe_of_one_seed_is_what_it_always_was() -> None:
     """Bytes that verify recomputes years later; if this fails, children written before cannot be proven any more."""
     matrix = (np.arange(60 * 36).reshape(60, 36) % 97 - 48).astype(np.float32).astype(BF16)
     init = Init(kind="drop", expert_noise=0.05, router_noise=0.05, seed=11)
     made = [expert_matrix(matrix, name, init, 4, 6).tobytes() for name in INNER_AXIS]
     made.append(router_rows(matrix, init, 4, np.zeros(60, bool), BF16).tobytes())
+    wide = (np.arange(5 * 40001).reshape(5, 40001) * 7919 % 9973) / 3333  # numpy's own sums of it differ between 2.0 and 2.4
+    made.append(expert_matrix(wide, "up_proj.weight", init, 4, 6).tobytes())
     assert [hashlib.sha256(data).hexdigest()[:16] for data in made] == [
         "5c2f1e8185c034d5",
         "e17d7309b39302a3",
         "9aae2e75c0c43d37",
         "daa67b6540fac652",
+        "a0aa84523549480d",
     ]
 
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moexpand.upcycle.crew import PIECE
 from moexpand.upcycle.jobs import Bundle, Job, Made, Place
 from moexpand.upcycle.layout import plan_layout
+from moexpand.upcycle.reading import PIECE
 from moexpand.upcycle.recipe import Recipe
 from moexpand.upcycle.safetensors_file import read_header
 from moexpand.upcycle.writer import expand
@@ -91,10 +91,10 @@ def altered(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, change: dict[str, o
     def bundles(self: Recipe) -> Iterator[Bundle]:
         for bundle in real(self):
             if bundle.tensors == ("model.embed_tokens.weight",):
-                (job,) = bundle.jobs
+                ((job,),) = bundle.tasks
                 place = Place(job.places[0].tensor, int(str(change.get("offset", 0))))
                 content = change.get("content", job.content)
-                bundle = Bundle(bundle.tensors, (Job(content, (place,), job.origin),))  # type: ignore[arg-type]
+                bundle = Bundle(bundle.tensors, ((Job(content, (place,), job.origin),),))  # type: ignore[arg-type]
             yield bundle
 
     monkeypatch.setattr(Recipe, "bundles", bundles)
@@ -104,7 +104,7 @@ def altered(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, change: dict[str, o
 def test_a_recipe_that_leaves_a_hole_is_an_error_and_not_zeros(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = recipe_of(write_parent(tmp_path / "parent"))
     size = 2 * 130 * 128
-    half = Made(size // 2, lambda: iter([memoryview(bytes(size // 2))]))
+    half = Made(size // 2, lambda read: iter([memoryview(bytes(size // 2))]))
     with pytest.raises(RuntimeError, match=r"does not fill model\.embed_tokens\.weight"):
         expand(altered(recipe, monkeypatch, {"content": half}), tmp_path / "child")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["parent"]
@@ -112,7 +112,7 @@ def test_a_recipe_that_leaves_a_hole_is_an_error_and_not_zeros(tmp_path: Path, m
 
 def test_content_of_another_size_than_told_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = recipe_of(write_parent(tmp_path / "parent"))
-    short = Made(2 * 130 * 128, lambda: iter([memoryview(bytes(100))]))
+    short = Made(2 * 130 * 128, lambda read: iter([memoryview(bytes(100))]))
     with pytest.raises(RuntimeError, match="came with 100 bytes instead of 33,280"):
         expand(altered(recipe, monkeypatch, {"content": short}), tmp_path / "child")
 
@@ -124,7 +124,7 @@ def test_computed_pieces_of_any_size_arrive_in_order(tmp_path: Path, monkeypatch
     name, size = "model.embed_tokens.weight", 2 * 130 * width
     content = np.random.default_rng(0).integers(0, 256, size=size, dtype=np.uint8).tobytes()
     edges = [0, 5, PIECE - 1, size - 7, size]
-    made = Made(size, lambda: (memoryview(content)[a:b] for a, b in pairwise(edges)))
+    made = Made(size, lambda read: (memoryview(content)[a:b] for a, b in pairwise(edges)))
     recipe.tensors[name] = ("BF16", (130, width))
     expand(altered(recipe, monkeypatch, {"content": made}), tmp_path / "child")
     (file,) = (tmp_path / "child").glob("*.safetensors")

@@ -16,7 +16,7 @@ from moexpand.upcycle.calibration import Calibration, read_calibration
 from moexpand.upcycle.checkpoint import Checkpoint, open_checkpoint
 from moexpand.upcycle.inits import Init
 from moexpand.upcycle.plan import Plan, check_plan, read_plan, row_per_line
-from moexpand.upcycle.planner import Wishes, check_map, make_plan, warnings
+from moexpand.upcycle.planner import Wishes, check_counts, check_map, make_plan, warnings
 from moexpand.upcycle.recipe import Recipe
 from moexpand.upcycle.vocabulary import Growth
 from tests.parents import TINY, make_parent
@@ -49,9 +49,9 @@ def test_a_plan_comes_back_from_json(
     seed: int, noise: float, drop: float, rows: list[list[int]], sources: list[int | None]
 ) -> None:
     plan = Plan(
-        parent="sha256:1", num_experts=8, num_groups=2, placement="map", calibration="sha256:2", seed=seed, init="drop",
-        drop_fraction=drop, drop_shared=False, keep_first=False, router_noise=noise, expert_noise=noise, router_dtype="float32",
-        experts_layout="fused", vocabulary=Growth(len(sources), 10, tuple(sources), ((0, 10),)),
+        parent="sha256:1", num_experts=8, num_groups=2, placement="map", calibration="sha256:2", usage="sha256:3",
+        seed=seed, init="drop", drop_fraction=drop, drop_shared=False, keep_first=False, router_noise=noise, expert_noise=noise,
+        router_dtype="float32", experts_layout="fused", vocabulary=Growth(len(sources), 10, tuple(sources), ((0, 10),)),
         slot_to_parent=tuple(tuple(row) for row in rows),
     )  # fmt: skip
     text = row_per_line(plan.to_json() | {"prediction": "unknown", "warnings": ["a"], "output": {"bytes": 1}})
@@ -64,8 +64,9 @@ def test_a_plan_comes_back_from_json(
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"version": 3}, "is a plan of version 3; this program knows version 2"),
+        ({"version": 2}, "is a plan of version 2; this program knows version 3"),
         ({"parent": None}, "parent=None"),
+        ({"usage": 3}, "usage=3"),
         ({"seed": "0"}, "seed='0'"),
         ({"num_groups": True}, "num_groups=True"),
         ({"drop_shared": 1}, "drop_shared=1"),
@@ -209,15 +210,58 @@ def test_a_map_from_a_calibration_is_computed_again_with_it_and_else_checked_for
         check_map(opened, across, "plan.json")
 
 
-def test_the_form_of_a_usage_map_is_one_copy_a_group(opened: Checkpoint, tmp_path: Path) -> None:
+@pytest.fixture
+def usage(tmp_path: Path) -> Path:
+    """Experts are used once to four times as often as others."""
     (tmp_path / "usage.json").write_text(json.dumps([1 + expert % 4 for expert in range(32)]))
-    plan = make_plan(opened, Wishes(**SIZES, placement="usage", usage=tmp_path / "usage.json"))
+    return tmp_path / "usage.json"
+
+
+def test_the_form_of_a_usage_map_is_one_copy_a_group(opened: Checkpoint, usage: Path) -> None:
+    plan = make_plan(opened, Wishes(**SIZES, placement="usage", usage=usage))
     assert len(set(np.bincount(plan.slot_to_parent[0]).tolist())) > 1
     assert not check_map(opened, plan, "plan.json")
     groups = np.array(plan.slot_to_parent[1]).reshape(8, 16)
     other = next(slot for slot in range(16, 128) if plan.slot_to_parent[1][slot] in groups[0, 1:])
     with pytest.raises(InputError, match="group 0 of layer 1 in a way that placement usage never does"):
         check_map(opened, _swapped(plan, 0, other), "plan.json")
+
+
+@pytest.mark.parametrize("sources", ["usage", "calibration", "both"])
+def test_a_map_from_usage_is_computed_again_with_all_that_it_was_made_from(
+    opened: Checkpoint, counted: Calibration, usage: Path, sources: str
+) -> None:
+    every: dict[str, Any] = {"usage": usage, "calibration": counted}
+    given = {key: value for key, value in every.items() if sources in (key, "both")}
+    plan = make_plan(opened, Wishes(**SIZES, placement="usage", **given))
+    edited = _swapped(plan, 0, 1)
+    assert check_map(opened, plan, "plan.json", **given)
+    with pytest.raises(InputError, match=r"maps slot 0 of layer 1 to expert \d+, but placement usage to"):
+        check_map(opened, edited, "plan.json", **given)
+    for lacking in given:
+        assert not check_map(opened, edited, "plan.json", **{key: value for key, value in given.items() if key != lacking})
+    check_counts(plan, "plan.json", **given)
+
+
+def test_counts_that_a_plan_was_not_made_from_are_refused(opened: Checkpoint, counted: Calibration, usage: Path) -> None:
+    by_file = make_plan(opened, Wishes(**SIZES, placement="usage", usage=usage))
+    by_calibration = make_plan(opened, Wishes(**SIZES, placement="block_spread", calibration=counted))
+    by_name = make_plan(opened, Wishes(**SIZES, placement="block", calibration=counted))
+    with pytest.raises(
+        InputError, match=rf"calibration={counted.folder} is {counted.digest}, but .*plan\.json was made without one"
+    ):
+        check_counts(by_file, "plan.json", calibration=counted)
+    for plan in (by_calibration, by_name):
+        with pytest.raises(InputError, match=r"usage=\S+ is sha256:\w+, but the map of plan\.json was made without one"):
+            check_counts(plan, "plan.json", usage=usage)
+    usage.write_text(usage.read_text().replace(",", " ,"))
+    check_counts(by_file, "plan.json", usage=usage)
+    usage.write_text(usage.read_text().replace("4", "5"))
+    with pytest.raises(InputError, match=rf"usage=\S+ is sha256:\w+, but the map of plan\.json was made from {by_file.usage}"):
+        check_counts(by_file, "plan.json", usage=usage)
+    with pytest.raises(InputError, match="nowhere"):
+        check_counts(by_file, "plan.json", usage=usage.with_name("nowhere"))
+    assert not check_map(opened, by_file, "plan.json", usage=usage)
 
 
 def test_a_name_that_is_none_is_refused(opened: Checkpoint) -> None:

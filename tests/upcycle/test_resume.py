@@ -1,22 +1,29 @@
 """An expansion that was stopped, at whatever moment, or shared by several processes, ends in the same bytes."""
 
 import errno
+import itertools
 import json
 import os
 import random
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from moexpand.base.errors import STOPPED, WRONG_INPUT, EnvironmentFailure, InputError
+from moexpand.base.errors import DONE, STOPPED, WRONG_INPUT, EnvironmentFailure, InputError
 from moexpand.upcycle import claims, writer
 from moexpand.upcycle.checkpoint import open_checkpoint
 from moexpand.upcycle.writer import expand
+from tests import commands
+from tests.upcycle import families
+from tests.upcycle.conftest import Run
 from tests.upcycle.expanding import hashes, recipe_of, start, write_parent
+from tests.upcycle.kills import kill_and_resume, partial_of
 
 SHARD = "150KB"
 
@@ -31,10 +38,6 @@ def whole(parent: Path) -> dict[str, str]:
     """SHA-256 of every file of a child that was written without interruption."""
     expand(recipe_of(parent), parent.with_name("whole"), max_shard_size=SHARD, workers=1)
     return hashes(parent.with_name("whole"))
-
-
-def partial_of(target: Path) -> Path:
-    return target.with_name(f".{target.name}.expanding")
 
 
 class Interrupted(Exception):
@@ -244,26 +247,81 @@ def test_a_second_process_without_resume_is_refused(parent: Path, tmp_path: Path
 @pytest.mark.timeout(600)
 def test_twenty_kills_at_random_moments_end_in_the_same_files(tmp_path: Path) -> None:
     parent = write_parent(tmp_path / "parent", layers=8, hidden=512, intermediate=512, shard="20MB")
-    usual = expand(recipe_of(parent), tmp_path / "whole", max_shard_size="5MB").seconds
+    shards = expand(recipe_of(parent), tmp_path / "whole", max_shard_size="5MB").shards
     due = hashes(tmp_path / "whole")
+
+    def begin(target: Path, resume: bool) -> "subprocess.Popen[str]":
+        return start(parent, target, max_shard_size="5MB", workers=2, resume=resume)
+
     moment, kills, rounds = random.Random(0), 0, 0
     while kills < 20:
         rounds += 1
-        target = tmp_path / f"child{rounds}"
-        while not target.exists():
-            process = start(parent, target, max_shard_size="5MB", workers=2, resume=partial_of(target).exists())
-            while process.poll() is None and not partial_of(target).exists() and not target.exists():
-                time.sleep(0.001)
-            if kills < 20:
-                time.sleep(moment.uniform(0.0, usual))
-                kills += process.poll() is None
-                process.kill()
-            _, said = process.communicate(timeout=120)
-            assert process.returncode in (0, -signal.SIGKILL), said
-        expand(recipe_of(parent), target, max_shard_size="5MB", resume=True)  # killed between the renaming and the end, perhaps
-        assert hashes(target) == due
-    assert rounds <= kills
+        kills += kill_and_resume(begin, tmp_path / f"child{rounds}", shards, min(5, 20 - kills), moment)
+        assert hashes(tmp_path / f"child{rounds}") == due
     assert {path.name for path in tmp_path.iterdir()} == {"parent", "whole", *(f"child{number + 1}" for number in range(rounds))}
+
+
+SIZES: dict[str, Any] = {"experts": 4, "top_k": 2, "layers": 4, "dense": (), "hidden": 256, "inner": 256}
+CHILD = ("num_experts=16", "num_groups=2", "placement=random_balanced", "max_shard_size=2MB", "plain=true")
+KINDS = {
+    "drop": ("split", "init=drop", "keep_first=true"),
+    "noise": ("split", "expert_noise=0.05", "router_noise=0.05"),
+    "stacked": ("split", "experts_layout=fused"),
+    "stacked, drop": ("split", "experts_layout=fused", "init=drop", "drop_shared=false", "keep_first=false"),
+    "stacks taken apart": ("fused", "experts_layout=split"),
+    "stacks taken apart, noise": ("fused", "experts_layout=split", "expert_noise=0.05"),
+    "rows by a map": ("split", "vocab_map=map.json"),
+    "rows by a tokenizer": ("split", "tokenizer=inserted", "vocab_size=500"),
+}
+"""The layout of the parent's experts, and keys of the command; files are beside the parent."""
+
+
+@pytest.fixture(scope="module")
+def beside(tmp_path_factory: pytest.TempPathFactory, tokenizer_folders: dict[str, Path]) -> Path:
+    """A folder with the parents `split` and `fused` (transposed, as on the hub), a tokenizer and a map of a vocabulary."""
+    folder = tmp_path_factory.mktemp("kinds")
+    families.make("qwen3_moe", folder / "split", vocab=420, **SIZES)
+    families.make("qwen3_vl_moe", folder / "fused", fused=True, **SIZES)
+    shutil.copyfile(tokenizer_folders["old"] / "tokenizer.json", folder / "split" / "tokenizer.json")
+    shutil.copytree(tokenizer_folders["inserted"], folder / "inserted")
+    (folder / "map.json").write_text(json.dumps([*range(419, 99, -1), *[[row, row + 1] for row in range(100)], *[None] * 30]))
+    return folder
+
+
+def words_of(kind: str, beside: Path) -> list[str]:
+    """Words of the command, but for the target."""
+    parent, *keys = KINDS[kind]
+    found = [key.replace("=map", f"={beside}/map").replace("=inserted", f"={beside}/inserted") for key in keys]
+    return ["upcycle", f"source={beside / parent}", *CHILD, *found]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_number_of_workers_gives_the_same_files_of_every_kind(kind: str, beside: Path, run: Run, tmp_path: Path) -> None:
+    for workers in (1, 2, 4):
+        assert run(*words_of(kind, beside), f"target={tmp_path / str(workers)}", f"workers={workers}")[0] == DONE
+    one, *others = (hashes(tmp_path / str(workers)) for workers in (1, 2, 4))
+    assert sum(name.endswith(".safetensors") for name in one) >= 10
+    assert others == [one, one]
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", KINDS)
+def test_kills_at_random_moments_end_in_the_same_files_of_every_kind(kind: str, beside: Path, run: Run, tmp_path: Path) -> None:
+    words, moment, kills = words_of(kind, beside), random.Random(kind), 0
+    assert run(*words, f"target={tmp_path / 'whole'}")[0] == DONE
+    due = hashes(tmp_path / "whole")
+    shards = sum(name.endswith(".safetensors") for name in due)
+
+    def begin(target: Path, resume: bool) -> "subprocess.Popen[str]":
+        return commands.start(*words, f"target={target}", "workers=2", f"resume={str(resume).lower()}")
+
+    for number in itertools.count():
+        kills += kill_and_resume(begin, tmp_path / f"child{number}", shards, 5 - kills, moment)
+        assert hashes(tmp_path / f"child{number}") == due
+        if kills == 5:
+            break
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 def _with_other_experts(parent: Path, folder: Path) -> Path:

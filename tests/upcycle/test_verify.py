@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from moexpand.base.errors import DIFFERENCE, DONE, WRONG_INPUT, CheckFailed, InputError
 from moexpand.cli import main
-from moexpand.upcycle import crew
-from moexpand.upcycle import verify as verifier
+from moexpand.upcycle import reading
+from moexpand.upcycle.calibration import read_calibration
 from moexpand.upcycle.checkpoint import Checkpoint, open_checkpoint
 from moexpand.upcycle.inits import Init
 from moexpand.upcycle.plan import Plan
@@ -203,11 +203,11 @@ def test_the_command_returns_the_codes_of_its_outcomes(parent: Path, child: Path
 def test_tensors_larger_than_a_piece_are_written_and_compared_whole(
     parent: Path, children: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(crew, "PIECE", 4096)  # a matrix has 8,192 bytes
-    monkeypatch.setattr(verifier, "PIECE", 768)
+    monkeypatch.setattr(reading, "PIECE", 4096)  # a matrix has 8,192 bytes
     child = make_child(parent, tmp_path / "child")
     for file in child.glob("model*"):
         assert file.read_bytes() == (children["halves_bits"] / file.name).read_bytes()
+    monkeypatch.setattr(reading, "PIECE", 768)
     verify(parent, child)
     info = open_checkpoint(child).info(EXPERT.format(40))
     _write(info, b"\xff\xff", 5000)
@@ -344,3 +344,41 @@ def test_a_map_of_ones_own_is_accepted_under_that_name_alone(
         (renamed / "expansion.json").write_text(json.dumps(value))
         with pytest.raises(CheckFailed, match=rf'{says}.*"placement": "map"'):
             verify(parent, renamed)
+
+
+@pytest.mark.parametrize("placement", ["block_spread", "ranked", "usage"])
+def test_a_map_from_counts_is_computed_again_with_them(
+    top8_parent: Path, calibration: Path, placement: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two slots of a group that changed places, the plan's checksum with them: only the counts can tell."""
+    usage = tmp_path / "usage.json"
+    usage.write_text(json.dumps([1 + expert % 4 for expert in range(32)]))
+    key, source = ("usage", usage) if placement == "usage" else ("calibration", calibration)
+    made_from = {key: usage if placement == "usage" else read_calibration(calibration)}
+    child = make_child(top8_parent, tmp_path / "child", num_experts=128, placement=placement, **made_from)
+    words = ["verify", f"source={top8_parent}", f"target={child}"]
+    assert main(words) == DONE
+    assert f"taken from the plan as it stands; {key}=F" in capsys.readouterr().out
+    assert main([*words, f"{key}={source}"]) == DONE
+    assert "Its map is what its placement calls for" in capsys.readouterr().out
+    edited = json.loads((child / "expansion.json").read_text())
+    row = edited["slot_to_parent"][1]
+    row[0], row[1] = row[1], row[0]
+    edited["checksum_of_plan"] = Plan.from_json(edited, "here").digest
+    (child / "expansion.json").write_text(json.dumps(edited))
+    assert main([*words, f"{key}={source}"]) == DIFFERENCE
+    assert f"maps slot 0 of layer 1 to expert {row[0]}, but placement {placement} to {row[1]}" in capsys.readouterr().err
+
+
+def test_counts_that_the_map_was_not_made_from_are_wrong_input(
+    top8_parent: Path, calibration: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    child = make_child(top8_parent, tmp_path / "child", num_experts=128, placement="block")
+    (tmp_path / "usage.json").write_text(json.dumps([1] * 32))
+    for word in (f"calibration={calibration}", f"usage={tmp_path / 'usage.json'}"):
+        assert main(["verify", f"source={top8_parent}", f"target={child}", word]) == WRONG_INPUT
+        said = capsys.readouterr().err
+        assert f"{word} is sha256:" in said
+        assert "expansion.json was made without one" in said
+    assert main(["verify", f"source={top8_parent}", f"target={child}", "usage=nowhere.json"]) == WRONG_INPUT
+    assert "nowhere.json does not exist" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from moexpand.base.errors import InputError
 from moexpand.upcycle import vocabulary
-from moexpand.upcycle.tokenizer_files import Token, token_ids
+from moexpand.upcycle.tokenizer_files import Token, read_tokens
 from moexpand.upcycle.vocabulary import Growth, grow, growth_for, mean_row, read_vocab_map, rows
 from tests.trained_tokenizers import SPECIALS, byte_level, saved
 
@@ -61,7 +61,8 @@ def test_every_token_of_a_permuted_vocabulary_keeps_its_row(tokenizer_folders: d
 
 def test_a_special_token_that_moved_takes_its_row_along(tokenizer_folders: dict[str, Path]) -> None:
     """The trap: in the new vocabulary other tokens stand where special ones stood; by number, <|im_end|> would get their rows."""
-    old, new = token_ids(tokenizer_folders["old"]), token_ids(tokenizer_folders["inserted"])
+    files = (tokenizer_folders[name] / "tokenizer.json" for name in ("old", "inserted"))
+    old, new = (Tokenizer.from_file(str(file)).get_vocab() for file in files)
     size = len(old)
     parent = table(size)
     child = grown(grow(tokenizer_folders["old"], tokenizer_folders["inserted"], size, len(new)), parent)
@@ -141,7 +142,7 @@ def test_what_the_parents_tokenizer_cannot_split_is_filled(tmp_path: Path) -> No
 
 
 def test_rows_do_not_depend_on_the_portions_and_are_read_once(tokenizer_folders: dict[str, Path]) -> None:
-    size = len(token_ids(tokenizer_folders["old"]))
+    size = len(read_tokens(tokenizer_folders["old"]))
     parent = table(size)
     growth = grow(tokenizer_folders["old"], tokenizer_folders["inserted"], size, size + 40)
     whole = grown(growth, parent)
@@ -262,7 +263,7 @@ def test_an_edited_growth_is_refused(change: dict) -> None:
 
 
 def test_ids_are_never_guessed(tmp_path: Path, tokenizer_folders: dict[str, Path]) -> None:
-    old, size = tokenizer_folders["old"], len(token_ids(tokenizer_folders["old"]))
+    old, size = tokenizer_folders["old"], len(read_tokens(tokenizer_folders["old"]))
     assert growth_for(old, 500) is None
     assert growth_for(old, 500, vocab_size=500) is None
     assert growth_for(old, 500, tokenizer=old) is None
@@ -278,7 +279,7 @@ def test_ids_are_never_guessed(tmp_path: Path, tokenizer_folders: dict[str, Path
 
 
 def test_a_tokenizer_larger_than_its_embedding_is_refused(tokenizer_folders: dict[str, Path]) -> None:
-    size = len(token_ids(tokenizer_folders["old"]))
+    size = len(read_tokens(tokenizer_folders["old"]))
     with pytest.raises(
         InputError, match=rf"has id {size - 1} \('<\|im_end\|>'\), and the embedding {size - 1} rows.*vocab_size={size}"
     ):
@@ -328,7 +329,7 @@ def test_a_map_of_another_length_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_summary_counts_and_names(tokenizer_folders: dict[str, Path]) -> None:
-    size = len(token_ids(tokenizer_folders["other"]))
+    size = len(read_tokens(tokenizer_folders["other"]))
     growth = grow(tokenizer_folders["other"], tokenizer_folders["old"], size, 500)
     text = growth.summary()
     assert f"{size:,} -> 500 rows: {growth.moved} moved" in text
