@@ -207,14 +207,12 @@ class Crew:
         """Write a job's content to all its places and return its SHA-256; ends early when all threads are to stop."""
         digest = hashlib.sha256()
         begin = 0
-        for piece in reader.pieces(job.content):
+        for piece in reader.pieces(job):
             if self.stopping.is_set():
                 return b""
             digest.update(piece)
             self._put(shard, job, begin, piece)
             begin += len(piece)
-        if begin != job.nbytes:
-            raise RuntimeError(f"{job.origin} came with {begin:,} bytes instead of {job.nbytes:,}")
         return digest.digest()
 
     def _put(self, shard: Shard, job: Job, begin: int, piece: memoryview) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from moexpand.upcycle.checkpoint import Checkpoint, read_into
 from moexpand.upcycle.direct import MARGIN, InputFile, aligned_buffer
-from moexpand.upcycle.jobs import Made, Stream
+from moexpand.upcycle.jobs import Job, Made, Stream
 
 PIECE = 16 << 20
 """Bytes of a job that are handled at a time."""
@@ -51,11 +51,16 @@ class Reader:
         self._buffer: memoryview | None = None
         self._range = lru_cache(maxsize=KEPT)(self._read)
 
-    def pieces(self, content: Stream | Made) -> Iterator[memoryview]:
+    def pieces(self, job: Job) -> Iterator[memoryview]:
         """A job's bytes in pieces of `PIECE` bytes, the last of them shorter, that begin at a page and last until the next."""
         if self._buffer is None:
             self._buffer = aligned_buffer(PIECE + MARGIN)
-        return self._gathered(content) if isinstance(content, Made) else self._streamed(content)
+        done = 0
+        for piece in self._gathered(job.content) if isinstance(job.content, Made) else self._streamed(job.content):
+            yield piece
+            done += len(piece)
+        if done != job.nbytes:
+            raise RuntimeError(f"{job.origin} came with {done:,} bytes instead of {job.nbytes:,}")
 
     def close(self) -> None:
         """Close files and let go of memory."""

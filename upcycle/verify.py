@@ -265,7 +265,7 @@ class _Comparer:
         """Compare one piece of the child, as it should be, with all its places."""
         digest = hashlib.sha256()
         done = 0
-        for due in self.reader.pieces(job.content):
+        for due in self.reader.pieces(job):
             digest.update(due)
             for place in job.places:
                 self._compare_piece(job, due, self.child.tensors[place.tensor], place.offset + done)
