@@ -198,7 +198,7 @@ def test_the_program_writes_and_proves_and_its_codes_tell(top8_parent: Path, tmp
     done = moexpand("verify", source, f"target={target}")
     assert (done.returncode, done.stderr) == (DONE, "")
     assert "is exactly what its plan makes of" in done.stdout
-    assert "Its map is what the placement's name calls for." in done.stdout
+    assert "Its map is what its placement calls for." in done.stdout
     info = open_checkpoint(target).info("model.layers.1.mlp.experts.77.up_proj.weight")
     with open(info.file, "r+b") as file:
         file.seek(info.start + 5)
