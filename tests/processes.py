@@ -4,13 +4,14 @@ import os
 import queue
 import random
 import socket
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from multiprocessing import forkserver, get_context
-from multiprocessing.context import ForkServerContext
+from multiprocessing.context import ForkServerContext, SpawnContext
 from typing import Any
 from unittest import mock
 
@@ -25,8 +26,13 @@ def free_port() -> int:
 
 
 @cache
-def _ready_to_fork() -> ForkServerContext:
-    """Starts a process that imports what all ranks need, which takes seconds, and does nothing else; ranks are forked from it."""
+def _context() -> ForkServerContext | SpawnContext:
+    """Starts a process that imports what all ranks need, which takes seconds, and does nothing else; ranks are forked from it.
+
+    So ranks share its hash seed and environment; the tests of whole commands start theirs as torchrun does.
+    """
+    if len(tempfile.gettempdir()) > 60:  # it listens at a path there of at most 107 characters
+        return get_context("spawn")
     context = get_context("forkserver")
     context.set_forkserver_preload(["moexpand.parallel.engine"])
     with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):  # read when the libraries are loaded
@@ -57,7 +63,7 @@ def run_on_ranks(function: Callable[..., Any], size: int, *arguments: Any, timeo
 
     `function` and its arguments and results must be picklable. All processes are gone when this returns.
     """
-    context = _ready_to_fork()
+    context = _context()
     results: Any = context.Queue()
     port = free_port()
     workers = [context.Process(target=_worker, args=(function, arguments, rank, size, port, results)) for rank in range(size)]

@@ -284,9 +284,9 @@ def _check_stacks(checkpoint: Checkpoint) -> None:
     if checkpoint.experts_layout != FUSED:
         return
     experts = {name: name.partition(".mlp.experts.")[2] for name in checkpoint.tensors if ".mlp.experts." in name}
-    single = next((name for name, ending in experts.items() if ending[0].isdigit()), None)
+    single = next((name for name, ending in experts.items() if ending[:1].isdigit()), None)
     if single is not None:
-        stack = next(name for name, ending in experts.items() if not ending[0].isdigit())
+        stack = next(name for name, ending in experts.items() if not ending[:1].isdigit())
         raise InputError(
             f"{checkpoint.folder} holds experts stacked ({stack}) and others one by one ({single}); store all of them one way."
         )

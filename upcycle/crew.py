@@ -52,7 +52,7 @@ class Crew:
 
     Attributes:
         stopping: set it to stop all threads after their current piece.
-        written, shared: bytes written, and shared by reflinks instead of written.
+        read, written, shared: bytes read from the parent, written, and shared by reflinks instead of written.
     """
 
     def __init__(
@@ -64,16 +64,10 @@ class Crew:
         self.stopping = threading.Event()
         self.lock = threading.Lock()
         self.queue: deque[tuple[Shard, Task]] = deque()
-        self.readers: list[Reader] = []
         self.shards: dict[str, Shard] = {}
         self.known: set[str] = set()
         self.bundles = self._by_shard()
-        self.written = self.shared = 0
-
-    @property
-    def read(self) -> int:
-        """Bytes read from the parent."""
-        return sum(reader.count for reader in self.readers)
+        self.read = self.written = self.shared = 0
 
     def look(self) -> list[str]:
         """Files of all finished shards; `found` hears of those that are new."""
@@ -87,12 +81,18 @@ class Crew:
     def work(self) -> None:
         """Do tasks until nothing is left to claim; for any number of threads at once."""
         reader = Reader(self.recipe.parent)
-        self.readers.append(reader)
         try:
             while not self.stopping.is_set() and (task := self._next()) is not None:
                 self._do(*task, reader)
         finally:
             reader.close()
+            with self.lock:
+                self.read += reader.count
+
+    def ready(self) -> bool:
+        """Whether there is something to do for `work`; claims a shard if need be."""
+        with self.lock:
+            return self._filled()
 
     def abandon(self) -> None:
         """Remove the shards in work; no thread works any more."""
@@ -108,13 +108,17 @@ class Crew:
 
     def _next(self) -> tuple[Shard, Task] | None:
         """The next task, of a new shard when the ones in work have none left."""
-        with self.lock, disk_errors(f"working in {self.partial.folder}"):
+        with self.lock:
+            return self.queue.popleft() if self._filled() else None
+
+    def _filled(self) -> bool:
+        with disk_errors(f"working in {self.partial.folder}"):
             while not self.queue:
                 file = self._claim()
                 if file is None:
-                    return None
+                    return False
                 self._open(file)
-            return self.queue.popleft()
+        return True
 
     def _claim(self) -> str | None:
         self.partial.check_same()

@@ -15,7 +15,7 @@ from moexpand.upcycle.layout import Layout, existing_parent
 from moexpand.upcycle.planner import check_calibration, predict_step_zero, warnings
 from moexpand.upcycle.prediction import Prediction
 from moexpand.upcycle.probe import LARGEST, write_speed
-from moexpand.upcycle.reading import PIECE
+from moexpand.upcycle.reading import KEPT, PIECE
 from moexpand.upcycle.recipe import Recipe
 from moexpand.upcycle.safetensors_file import ALIGNMENT
 from moexpand.upcycle.writer import child_layout
@@ -111,7 +111,7 @@ def _speed(target: Path, free: int) -> float | None:
 
 
 def _memory(recipe: Recipe, workers: int) -> int:
-    """Each worker holds a piece; what is made and not copied is there up to four times: read, joined, changed, in order."""
+    """Each worker holds a piece, up to four times what is made (read, joined, changed, in order), and what it has read last."""
     vocabulary = (recipe.family.embedding_name(), recipe.family.head)
     made = [
         job.nbytes
@@ -119,4 +119,5 @@ def _memory(recipe: Recipe, workers: int) -> int:
         for job in bundle.jobs
         if isinstance(job.content, Made) and bundle.tensors[0] not in vocabulary
     ]
-    return BASE_MEMORY + (workers or default_workers()) * (PIECE + 4 * max(made, default=0))
+    kept = KEPT * recipe.largest_range if made else 0
+    return BASE_MEMORY + (workers or default_workers()) * (PIECE + 4 * max(made, default=0) + kept)

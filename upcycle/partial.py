@@ -2,12 +2,14 @@
 
     .NAME.expanding/
         expansion.partial.json   what decides every byte: a second process, or one that resumes, must ask for the same
-        claims/                  who writes which shard
-        writing/                 shards in work, under names of their writers
-        child/                   finished shards; becomes the target
-        manifests/               one file a finished shard, with the checksums of its tensors
+        work.RANDOM/
+            claims/              who writes which shard
+            writing/             shards in work, under names of their writers
+            child/               finished shards; becomes the target
+            manifests/           one file a finished shard, with the checksums of its tensors
 
-A shard is finished when its manifest exists: it is synced and renamed into `child` before.
+A shard is finished when its manifest exists: it is synced and renamed into `child` before. The random name is in the first file;
+a process that slept while the folder was removed and begun anew finds its own paths gone, and can spoil nothing.
 """
 
 import json
@@ -25,6 +27,8 @@ from moexpand.upcycle.claims import Claims
 from moexpand.upcycle.layout import Layout, make_folders
 
 IDENTITY = "expansion.partial.json"
+WORK = "work"
+"""Key of the random name in the identity, and the beginning of the folder's own."""
 EXPANDING = ".expanding"
 """Not the ending of folders that other commands build and clear away."""
 SHOWN = 60
@@ -43,8 +47,14 @@ class PartialFolder:
         self.target, self.layout = Path(target), layout
         self.begun = b""
         self.folder = self.target.with_name(f".{self.target.name}{EXPANDING}")
+        self._place(None)
+
+    def _place(self, identity: Any) -> None:
+        """Where everything lies by an identity; nowhere that exists without one."""
+        word = identity.get(WORK) if isinstance(identity, dict) else None
+        self.work = self.folder / f"{WORK}.{word}"
         self.claims, self.writing, self.child, self.manifests = (
-            self.folder / name for name in ("claims", "writing", "child", "manifests")
+            self.work / name for name in ("claims", "writing", "child", "manifests")
         )
 
     def begin(self, identity: Mapping[str, Any], resume: bool) -> None:
@@ -79,10 +89,14 @@ class PartialFolder:
                     fsync_folder(self.folder.parent)
                 except BaseException:
                     if not (self.folder / IDENTITY).exists():  # otherwise others may be at work in it already
-                        self.remove()
+                        shutil.rmtree(self.folder, ignore_errors=True)
                     raise
-            compare_identities(read_json(self.folder / IDENTITY), identity, str(self.folder))
+            begun = read_json(self.folder / IDENTITY)
+            compare_identities(begun, identity, str(self.folder))
             self.begun = (self.folder / IDENTITY).read_bytes()
+            self._place(begun)
+            for part in (self.work, self.claims, self.writing, self.child, self.manifests):
+                part.mkdir(exist_ok=True)
             self._forget_broken()
             try:
                 refuse_existing(self.target)
@@ -91,18 +105,16 @@ class PartialFolder:
                 raise
 
     def _make(self, identity: Mapping[str, Any]) -> None:
-        """Fill a folder that has no identity yet: it is new, or its maker was killed at once."""
+        """Give a folder its identity that has none yet: it is new, or its maker was killed at once."""
         if (self.folder / IDENTITY).is_file():
             return
-        parts = (self.claims, self.writing, self.child, self.manifests)
         for path in self.folder.iterdir():
-            if path not in parts and not path.name.endswith(PARTIAL):
+            if not path.name.endswith(PARTIAL) and not path.name.startswith(f"{WORK}."):
                 raise InputError(f"{self.folder} is not an unfinished expansion, since it holds {path.name}; remove it.")
-        for part in parts:
-            part.mkdir(exist_ok=True)
         # Whoever comes first decides, and a second one, which may be here at the same time, reads what the first has written.
-        mine = self.folder / f"identity.{secrets.token_hex(4)}{PARTIAL}"  # not in `writing`, which others sweep
-        write_json(mine, dict(identity))
+        word = secrets.token_hex(4)
+        mine = self.folder / f"identity.{word}{PARTIAL}"
+        write_json(mine, {**identity, WORK: word})
         with suppress(FileExistsError):
             os.link(mine, self.folder / IDENTITY)
         mine.unlink(missing_ok=True)
@@ -133,21 +145,16 @@ class PartialFolder:
         return [file for file in self.layout.sizes if self._manifest(file).name in there]
 
     def same(self) -> bool:
-        """Whether the folder is still the one of `begin`, or one of the same identity."""
+        """Whether the folder is still the one of `begin`."""
         try:
             return (self.folder / IDENTITY).read_bytes() == self.begun
         except FileNotFoundError:
             return False
 
     def check_same(self) -> None:
-        """An `EnvironmentFailure` when the folder has gone, or is that of another expansion, begun under the same name since."""
+        """An `EnvironmentFailure` when the folder has gone, or was begun anew."""
         if not self.same():
             raise EnvironmentFailure(f"{self.folder} was removed while this process worked in it; begin again.")
-
-    def clear(self) -> None:
-        """Remove what this process made in the folder while another, which published the child, removed it."""
-        if self.same() or not (self.folder / IDENTITY).exists():
-            self.remove()
 
     def is_finished(self, file: str) -> bool:
         """Whether one shard is finished."""
@@ -201,13 +208,22 @@ class PartialFolder:
         self.remove()
 
     def remove(self) -> None:
-        """Remove the folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove the folder; of one that is not the one of `begin` any more, what this process made in it."""
+        with suppress(OSError):
+            shutil.rmtree(self.folder if self.same() else self.work, ignore_errors=True)
+            self.folder.rmdir()  # when nothing else is in it
+
+    def remove_remains(self) -> None:
+        """Remove what the process left that published the child and was killed before it had removed the folder."""
+        if (self.folder / IDENTITY).is_file():
+            self._place(read_json(self.folder / IDENTITY))
+        if not self.child.exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def compare_identities(begun: Any, asked: Mapping[str, Any], where: str) -> None:
     """An `InputError` that names the first key in which an expansion that was begun differs from the one that is asked for."""
-    begun = begun if isinstance(begun, dict) else {}
+    begun = {key: value for key, value in begun.items() if key != WORK} if isinstance(begun, dict) else {}
     asked = json.loads(json.dumps(asked))  # as it comes back from a file: tuples are lists
     for key in [*asked, *(key for key in begun if key not in asked)]:
         if begun.get(key) != asked.get(key):

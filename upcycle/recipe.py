@@ -240,6 +240,12 @@ class Recipe:
         """Whether the child's stacks are [S, in, out]; they are written as on the hub, which is what the model code reads."""
         return self.plan.experts_layout == FUSED and self.family.transposed
 
+    @property
+    def largest_range(self) -> int:
+        """Bytes of the largest run of an expert's matrices that is read from the parent at once."""
+        runs = list(stacks(self.matrices).values()) if self.parent.transposed else [(matrix,) for matrix in self.matrices]
+        return max(map(self._piece_bytes, runs))
+
     def _piece_bytes(self, piece: tuple[str, ...]) -> int:
         return sum(nbytes(self.parent.dtypes[matrix], matrix_shape(self.architecture, matrix)) for matrix in piece)
 

@@ -118,9 +118,11 @@ def expand(
             if signals and not _published(recipe, partial):
                 raise Stopped(f"Stopped by {signals[0]}.")
         except BaseException as error:
+            crew.abandon()
             if not isinstance(error, EnvironmentFailure | InputError) or not _published(recipe, partial):
                 _give_up(crew, error)
-    partial.clear()
+    crew.abandon()
+    partial.remove()  # what this process made while another, which published the child, removed the folder
     return Summary(
         len(layout.tensors), len(layout.sizes), crew.read, crew.written, time.monotonic() - begin, crew.shared, resumed
     )
@@ -135,8 +137,7 @@ def _begin(recipe: Recipe, partial: PartialFolder, identity: dict[str, Any], res
     except MoexpandError:
         if not resume or not _published(recipe, partial):  # by another process, a moment ago
             raise
-    if not partial.child.exists():
-        partial.remove()  # the process that published the child was killed before it had done so
+    partial.remove_remains()
     return False
 
 
@@ -144,7 +145,8 @@ def _write(recipe: Recipe, crew: Crew, workers: int, say: Callable[[str], None],
     """Write shards until all are finished, by this process or others, and publish the child unless another does."""
     waiting = False
     while True:
-        run_threads(crew.work, workers or default_workers(), crew.stopping)
+        if not waiting or crew.ready():
+            run_threads(crew.work, workers or default_workers(), crew.stopping)
         if crew.stopping.is_set() or _published(recipe, crew.partial):
             return
         _check_source(recipe, crew, source)
@@ -170,7 +172,6 @@ def _check_source(recipe: Recipe, crew: Crew, before: dict[Path, tuple[int, int]
 def _publish(recipe: Recipe, crew: Crew) -> None:
     """Write everything besides the shards and give the folder the target's name."""
     partial, layout = crew.partial, crew.layout
-    partial.check_same()
     folder = partial.writing / f"{FINISH}.{crew.claims.held[FINISH][1].token}"
     folder.mkdir()
     model_type = recipe.config["model_type"]
@@ -232,24 +233,19 @@ def _shareable(layout: Layout, job: Job) -> int:
 
 def _give_up(crew: Crew, error: BaseException) -> None:
     """Remove what is unfinished and raise `error`, which says what was kept."""
-    crew.abandon()
     partial = crew.partial
+    kept = "nothing was left behind"
     try:
-        finished = len(partial.finished())
+        same = partial.same()
+        finished = len(partial.finished()) if same else 0
         ours = {holder.token for _, holder in crew.claims.held.values()}
-        others = any(holder.token not in ours for holder in crew.claims.live().values())
-    except OSError:  # what is there cannot be seen, so nothing is removed
-        gone = not partial.folder.exists()
-        kept = "nothing was left behind" if gone else f"what was finished is in {partial.folder}, and resume=true goes on with it"
-    else:
-        kept = "nothing was left behind"
-        if not partial.same():
-            kept = "its folder is not this process's any more"
-        elif finished or others:
+        if finished or (same and any(holder.token not in ours for holder in crew.claims.live().values())):
             count = f"{finished} of {len(crew.layout.sizes)} shards"
             kept = f"{count} are finished in {partial.folder}, and resume=true goes on with them"
         else:
             partial.remove()
+    except OSError:  # what is there cannot be seen, so nothing is removed
+        kept = f"what was finished is in {partial.folder}, and resume=true goes on with it"
     if not isinstance(error, MoexpandError):
         raise error
     raise type(error)(f"{str(error).removesuffix('.')}; {kept}.") from error

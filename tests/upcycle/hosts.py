@@ -8,6 +8,7 @@ reports to its auditors, and `pwrite` and `fsync`, before it happens.
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -63,6 +64,7 @@ def interrupt_at(moment: Moment, number: int) -> None:
     def heard(event: str, arguments: tuple[Any, ...]) -> None:
         path = str(arguments[0]) if arguments else ""
         _, working, inside = f"{path}/".partition(WORKING)
+        inside = re.sub(r"^work\.[0-9a-f]+/", "", inside)
         if working and f"{event} {inside}".startswith(words):
             left[0] -= 1
             if left[0] == 0:

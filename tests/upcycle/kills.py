@@ -18,10 +18,15 @@ def partial_of(target: Path) -> Path:
     return target.with_name(f".{target.name}.expanding")
 
 
+def work_of(target: Path) -> Path:
+    """The folder in it that has the shards and what is known of them; one that does not exist before it is begun."""
+    return next(partial_of(target).glob("work.*"), partial_of(target) / "work.none")
+
+
 def finished(target: Path) -> int:
     """Shards of an unfinished expansion that are done."""
     with suppress(FileNotFoundError):  # not begun, or published
-        return sum(name.endswith(".json") and not name.startswith(".") for name in os.listdir(partial_of(target) / "manifests"))
+        return sum(name.endswith(".json") and not name.startswith(".") for name in os.listdir(work_of(target) / "manifests"))
     return 0
 
 

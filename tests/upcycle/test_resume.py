@@ -23,7 +23,7 @@ from tests import commands
 from tests.upcycle import families
 from tests.upcycle.conftest import Run
 from tests.upcycle.expanding import hashes, recipe_of, start, write_parent
-from tests.upcycle.kills import kill_and_resume, partial_of
+from tests.upcycle.kills import kill_and_resume, partial_of, work_of
 
 SHARD = "150KB"
 
@@ -80,7 +80,7 @@ def test_a_failure_keeps_finished_shards_and_resume_goes_on(
         with pytest.raises(EnvironmentFailure, match=r"disk is full .*; 3 of \d+ shards are finished in .*resume=true goes on"):
             expand(recipe_of(parent), target, max_shard_size=SHARD, workers=1)
     assert not target.exists()
-    assert list((partial_of(target) / "writing").iterdir()) == []
+    assert list((work_of(target) / "writing").iterdir()) == []
     with pytest.raises(InputError, match=r"unfinished expansion stands in .*resume=true"):
         expand(recipe_of(parent), target, max_shard_size=SHARD)
     found: list[int] = []
@@ -136,7 +136,7 @@ def test_a_finished_shard_that_was_damaged_since_is_written_again(
         stop_after(patch, 4, disk_full)
         with pytest.raises(EnvironmentFailure):
             expand(recipe_of(parent), target, max_shard_size=SHARD, workers=1)
-    first, second, third, _ = sorted((partial_of(target) / "child").iterdir())
+    first, second, third, _ = sorted((work_of(target) / "child").iterdir())
     first.unlink()
     os.truncate(second, 5000)
     with open(third, "r+b") as file:
@@ -155,14 +155,15 @@ def test_resuming_what_is_complete_changes_nothing(parent: Path, whole: dict[str
 
 
 def test_resume_goes_on_with_a_folder_whose_maker_died_at_once(parent: Path, whole: dict[str, str], tmp_path: Path) -> None:
-    (tmp_path / ".child.expanding" / "claims").mkdir(parents=True)
+    (tmp_path / ".child.expanding").mkdir()
+    (tmp_path / ".child.expanding" / "identity.0123abcd.partial").touch()
     expand(recipe_of(parent), tmp_path / "child", max_shard_size=SHARD, resume=True)
     assert hashes(tmp_path / "child") == whole
 
 
 def test_resume_removes_what_a_process_left_that_was_killed_after_publishing(parent: Path, tmp_path: Path) -> None:
     expand(recipe_of(parent), tmp_path / "child", max_shard_size=SHARD)
-    (tmp_path / ".child.expanding" / "manifests").mkdir(parents=True)
+    (tmp_path / ".child.expanding" / "work.0123abcd" / "manifests").mkdir(parents=True)
     expand(recipe_of(parent), tmp_path / "child", max_shard_size=SHARD, resume=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["child"]
 
@@ -185,7 +186,7 @@ def test_a_signal_stops_in_order_and_resume_goes_on(
 ) -> None:
     target = tmp_path / "child"
     process = start(parent, target, max_shard_size=SHARD, workers=1)
-    while not target.exists() and not list(partial_of(target).glob("manifests/*.json")):
+    while not target.exists() and not list(work_of(target).glob("manifests/*.json")):
         time.sleep(0.001)
     process.send_signal(number)
     _, said = process.communicate(timeout=60)
@@ -193,7 +194,7 @@ def test_a_signal_stops_in_order_and_resume_goes_on(
         assert process.returncode == STOPPED, said
         assert f"Stopped by {signal.Signals(number).name};" in said
         assert said.count("\n") == 1
-        assert list((partial_of(target) / "writing").iterdir()) == []
+        assert list((work_of(target) / "writing").iterdir()) == []
         expand(recipe_of(parent), target, max_shard_size=SHARD, resume=True)
     assert hashes(target) == whole
 
@@ -213,11 +214,11 @@ def test_processes_share_the_work(parent: Path, whole: dict[str, str], tmp_path:
 def test_a_process_takes_over_the_shards_of_one_that_died(parent: Path, whole: dict[str, str], tmp_path: Path) -> None:
     target = tmp_path / "child"
     first = start(parent, target, max_shard_size=SHARD, workers=1)
-    while not list(partial_of(target).glob("writing/*")):
+    while not list(partial_of(target).glob("work.*/writing/*")):
         time.sleep(0.001)
     first.send_signal(signal.SIGSTOP)
     second = start(parent, target, max_shard_size=SHARD, workers=1, resume=True)
-    while len(list(partial_of(target).glob("manifests/*.json"))) < len(whole) // 2:
+    while len(list(work_of(target).glob("manifests/*.json"))) < len(whole) // 2:
         time.sleep(0.01)
     assert second.poll() is None  # waits for the shard that the first one, alive, holds
     first.kill()
@@ -375,7 +376,7 @@ def test_what_cannot_be_seen_is_not_removed(parent: Path, tmp_path: Path, monkey
     monkeypatch.setattr(writer.PartialFolder, "finished", finished)
     with pytest.raises(EnvironmentFailure, match="resume=true goes on with it"):
         expand(recipe_of(parent), target, max_shard_size=SHARD, workers=1)
-    assert len(list((partial_of(target) / "manifests").iterdir())) >= 3
+    assert len(list((work_of(target) / "manifests").iterdir())) >= 3
 
 
 def test_a_link_is_no_target(parent: Path, tmp_path: Path) -> None:
