@@ -109,7 +109,7 @@ class PartialFolder:
         if (self.folder / IDENTITY).is_file():
             return
         for path in self.folder.iterdir():
-            if not path.name.endswith(PARTIAL) and not path.name.startswith(f"{WORK}."):
+            if path.name != IDENTITY and not path.name.endswith(PARTIAL) and not path.name.startswith(f"{WORK}."):
                 raise InputError(f"{self.folder} is not an unfinished expansion, since it holds {path.name}; remove it.")
         # Whoever comes first decides, and a second one, which may be here at the same time, reads what the first has written.
         word = secrets.token_hex(4)

@@ -22,6 +22,7 @@ MIDDLE = ("pwrite writing/model-00002", 5)
 
 MOMENTS = {
     "before it makes the folder": ("os.mkdir ", 1),
+    "before it looks what the folder holds": ("os.listdir ", 1),
     "while it makes the folder": ("os.mkdir writing", 1),
     "before it says what is expanded": ("os.rename ", 1),
     "before others may join": ("os.link ", 1),
@@ -141,8 +142,11 @@ def test_a_host_goes_on_with_what_was_taken_from_it_when_the_taker_is_killed(exp
     expansion.check()
 
 
-def test_a_host_that_stops_while_it_makes_the_folder_does_not_remove_the_work_of_one_that_joined(expansion: Expansion) -> None:
-    a = expansion.host("a", MOMENTS["before others may join"])
+@pytest.mark.parametrize("moment", ["before it looks what the folder holds", "before others may join"])
+def test_a_host_that_stops_while_it_makes_the_folder_does_not_remove_the_work_of_one_that_joined(
+    expansion: Expansion, moment: str
+) -> None:
+    a = expansion.host("a", MOMENTS[moment])
     assert a.settle() == STOPPED_THERE
     b = expansion.host("b", MIDDLE)
     assert b.settle() == STOPPED_THERE
