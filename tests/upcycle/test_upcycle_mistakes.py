@@ -1,14 +1,10 @@
 """Whatever is wrong ends `moexpand upcycle` with one sentence and its code: nothing half done, the source untouched."""
 
-import errno
 import json
 import os
 import re
-import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +15,7 @@ from moexpand.upcycle.checkpoint import open_checkpoint
 from moexpand.upcycle.plan import read_plan
 from tests.parents import TINY, make_parent
 from tests.upcycle.conftest import Run
+from tests.upcycle.disks import disk_of, read_only_disk
 from tests.upcycle.expanding import hashes, write_parent
 
 MISTAKES = [
@@ -169,35 +166,11 @@ def test_a_target_inside_the_source_is_refused(top8_parent: Path, run: Run) -> N
 
 # ---------------------------------------------------------------- disks
 
-DISK = 20 << 20
-
-
-def _mounted(folder: Path, options: str) -> bool:
-    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-    return os.geteuid() == 0 and subprocess.run(command, capture_output=True, check=False).returncode == 0
-
 
 @pytest.fixture
 def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """20 MiB: a tmpfs where mounting is permitted, elsewhere a folder that says so and fails beyond that."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if _mounted(folder, f"size={DISK}"):
+    with disk_of(20 << 20, tmp_path / "disk", monkeypatch) as folder:
         yield folder
-        subprocess.run(["umount", str(folder)], check=True)
-        return
-    real, written = os.pwrite, [0]
-
-    def limited(descriptor: int, data: Any, offset: int) -> int:
-        written[0] += len(data)
-        if written[0] > DISK:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return real(descriptor, data, offset)
-
-    usage = shutil.disk_usage(folder)
-    monkeypatch.setattr(os, "pwrite", limited)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(total=DISK, free=DISK))
-    yield folder
 
 
 @pytest.fixture(scope="module")
@@ -241,30 +214,8 @@ def test_a_disk_that_fills_up_on_the_way_leaves_what_resume_can_use(
 
 @pytest.fixture
 def read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A read-only file system: a tmpfs where mounting is permitted, elsewhere a folder in which nothing can be made."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if _mounted(folder, "ro"):
+    with read_only_disk(tmp_path / "disk", monkeypatch) as folder:
         yield folder
-        subprocess.run(["umount", str(folder)], check=True)
-        return
-    real_open, real_mkdir = os.open, os.mkdir
-
-    def refuse(path: Any, making: bool = True) -> None:
-        if making and str(path).startswith(str(folder)):
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
-
-    def open_(path: Any, flags: int, *rest: Any, **words: Any) -> int:
-        refuse(path, bool(flags & os.O_CREAT))
-        return real_open(path, flags, *rest, **words)
-
-    def mkdir(path: Any, *rest: Any, **words: Any) -> None:
-        refuse(path)
-        real_mkdir(path, *rest, **words)
-
-    monkeypatch.setattr(os, "open", open_)
-    monkeypatch.setattr(os, "mkdir", mkdir)
-    yield folder
 
 
 @pytest.mark.parametrize("words", [[], ["dry_run=true"]])

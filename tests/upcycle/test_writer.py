@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,6 +27,7 @@ from moexpand.upcycle.verify import read_expansion
 from moexpand.upcycle.writer import expand
 from tests.parents import TINY, make_child, make_parent
 from tests.upcycle.conftest import PLACEMENTS
+from tests.upcycle.disks import disk_of
 from tests.upcycle.expanding import ROOT, write_parent
 
 WISHES = Wishes(num_experts=512, num_groups=8, placement="halves_bits")
@@ -158,30 +158,10 @@ def test_an_existing_target_is_refused_and_left_alone(parent: Path, tmp_path: Pa
     assert [file.name for file in (tmp_path / "target").iterdir()] == ["precious.txt"]
 
 
-DISK = 8 << 20
-
-
 @pytest.fixture
 def tiny_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A file system of 8 MiB: a tmpfs where mounting is permitted, elsewhere a folder whose writes fail beyond that."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(folder)]
-    if os.geteuid() == 0 and subprocess.run(command, capture_output=True, check=False).returncode == 0:
+    with disk_of(8 << 20, tmp_path / "disk", monkeypatch) as folder:
         yield folder
-        subprocess.run(["umount", str(folder)], check=True)
-        return
-    real, written = os.pwrite, [0]
-
-    def within_quota(descriptor: int, data: bytes, offset: int) -> int:
-        written[0] += len(data)
-        if written[0] > DISK:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return real(descriptor, data, offset)
-
-    monkeypatch.setattr(os, "pwrite", within_quota)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=DISK - written[0]))
-    yield folder
 
 
 def test_a_disk_that_is_too_small_is_found_before_anything_is_written(parent: Path, tiny_disk: Path) -> None:
