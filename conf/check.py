@@ -9,6 +9,7 @@ Legend: TP tensor, CP context, PP pipeline, EP expert, ETP expert-tensor paralle
 from typing import Protocol
 
 from moexpand.base.errors import InputError
+from moexpand.conf.layers import layer_factors
 from moexpand.conf.schema import CalibrateCommand, Optim, Parallel, TrainCommand
 
 
@@ -32,6 +33,12 @@ class Numbers(Protocol):
     def num_key_value_heads(self) -> int: ...
     @property
     def vocab_size(self) -> int: ...
+    @property
+    def moe_intermediate_size(self) -> int: ...
+    @property
+    def norm_topk_prob(self) -> bool: ...
+    @property
+    def scoring_func(self) -> str: ...
 
 
 def check_train(config: TrainCommand, model: Numbers, world_size: int) -> None:
@@ -49,6 +56,7 @@ def check_train(config: TrainCommand, model: Numbers, world_size: int) -> None:
     check_layout(config.parallel, model, world_size)
     _check_batch(config, world_size)
     _check_schedule(config.optim, config.train.steps)
+    _check_router(config, model)
     if config.evaluate.every and not config.data.held_out:
         raise InputError(
             f"evaluate.every={config.evaluate.every} needs held-out samples and data.held_out is 0; give data.held_out=0.05."
@@ -62,7 +70,12 @@ def check_calibrate(config: CalibrateCommand, model: Numbers, world_size: int) -
         InputError: the first combination that cannot work.
     """
     check_layout(config.parallel, model, world_size, "processes")
-    _check_sequence("seq_length", config.seq_length, config.parallel)
+    check_sequence("seq_length", config.seq_length, config.parallel)
+    if config.parallel.context > 1:
+        raise InputError(
+            f"parallel.context={config.parallel.context} has no use here, where sequences are routed one by one; "
+            "give parallel.context=1."
+        )
     if not model.num_experts:
         raise InputError(f"{config.checkpoint} has no experts, so there is no routing to calibrate; give a parent with experts.")
 
@@ -84,11 +97,10 @@ def check_layout(parallel: Parallel, model: Numbers, world_size: int, workers: s
     Raises:
         InputError: the ranks or the model cannot be split like that, or the layout is not proven to compute the same.
     """
-    _refuse_unproven(parallel)
     tensor, context, pipeline, expert = parallel.tensor, parallel.context, parallel.pipeline, parallel.expert
     _ranks(world_size, workers, ("tensor", tensor), ("context", context), ("pipeline", pipeline))
     _ranks(world_size, workers, ("expert_tensor", parallel.expert_tensor), ("expert", expert), ("pipeline", pipeline))
-    _multiple("num_hidden_layers", model.num_hidden_layers, "parallel.pipeline", pipeline, "every stage holds as many layers")
+    _check_stages(parallel, model.num_hidden_layers)
     _multiple(
         "num_attention_heads",
         model.num_attention_heads,
@@ -107,20 +119,29 @@ def check_layout(parallel: Parallel, model: Numbers, world_size: int, workers: s
     _multiple("vocab_size", model.vocab_size, "parallel.tensor", tensor, "every rank holds as many rows of the embedding")
     if model.num_experts:
         _multiple("num_experts", model.num_experts, "parallel.expert", expert, "every rank holds as many experts")
+        _multiple(
+            "moe_intermediate_size",
+            model.moe_intermediate_size,
+            "parallel.expert_tensor",
+            parallel.expert_tensor,
+            "every rank holds as wide a part of each expert",
+        )
         _check_dispatcher(parallel, model)
     elif expert > 1:
         raise InputError(f"parallel.expert={expert} splits experts and the model has none; give parallel.expert=1.")
 
 
-def _refuse_unproven(parallel: Parallel) -> None:
-    if parallel.context > 1:
+def _check_stages(parallel: Parallel, layers: int) -> None:
+    pipeline, interleave = parallel.pipeline, parallel.interleave
+    if interleave > 1 and pipeline == 1:
         raise InputError(
-            f"parallel.context={parallel.context} is refused: context parallelism is not proven yet; give parallel.context=1."
+            f"parallel.interleave={interleave} cuts pipeline stages in parts and parallel.pipeline=1; give parallel.interleave=1."
         )
-    if parallel.expert_tensor > 1:
+    if layers % (pipeline * interleave):
+        parts = f"parallel.pipeline={pipeline}" + (f" x parallel.interleave={interleave}" if interleave > 1 else "")
         raise InputError(
-            f"parallel.expert_tensor={parallel.expert_tensor} is refused: tensor parallelism inside experts is not proven yet; "
-            "give parallel.expert_tensor=1 and spread the experts with parallel.expert."
+            f"num_hidden_layers={layers} is not a multiple of {parts}, and every stage holds as many layers; "
+            f"their product must be one of {_divisors(layers)}."
         )
 
 
@@ -151,11 +172,45 @@ def _check_batch(config: TrainCommand, world_size: int) -> None:
             f"train.global_batch={train.global_batch} is not a multiple of train.micro_batch x data-parallel ranks = "
             f"{train.micro_batch} x {replicas} = {wave}; choose {near}."
         )
-    _check_sequence("train.seq_length", train.seq_length, parallel)
+    micro_batches = train.global_batch // wave
+    if parallel.interleave > 1 and micro_batches % parallel.pipeline:
+        raise InputError(
+            f"parallel.interleave={parallel.interleave} needs micro-batches in multiples of "
+            f"parallel.pipeline={parallel.pipeline} and a data-parallel rank has {micro_batches} a step; choose "
+            f"train.global_batch={wave * parallel.pipeline} or a multiple."
+        )
+    check_sequence("train.seq_length", train.seq_length, parallel)
 
 
-def _check_sequence(key: str, length: int, parallel: Parallel) -> None:
-    _multiple(key, length, "parallel.tensor", parallel.tensor, "sequence parallelism splits the tokens evenly")
+def check_sequence(key: str, length: int, parallel: Parallel) -> None:
+    """Check that a sequence can be split over the ranks that share it.
+
+    Raises:
+        InputError: it cannot.
+    """
+    context, tensor = parallel.context, parallel.tensor
+    pieces = tensor * (2 * context if context > 1 else 1)
+    if length % pieces:
+        parts = f"2 x parallel.context={context} x parallel.tensor={tensor}" if context > 1 else f"parallel.tensor={tensor}"
+        lower, upper = length // pieces * pieces, (length // pieces + 1) * pieces
+        near = f"{lower} or {upper}" if lower else f"{upper}"
+        raise InputError(f"{key}={length} is not a multiple of {parts}, over which the tokens are split evenly; choose {near}.")
+
+
+def _check_router(config: TrainCommand, model: Numbers) -> None:
+    router, balance = config.router, config.balance
+    if router.gradient != "topk" and model.scoring_func == "sigmoid" and not model.norm_topk_prob:
+        raise InputError(
+            f"router.gradient={router.gradient} moves experts against each other, and scoring_func=sigmoid without "
+            "norm_topk_prob weighs each alone; give router.gradient=topk."
+        )
+    if balance.bias_rate and not balance.selection_bias:
+        raise InputError(
+            f"balance.bias_rate={balance.bias_rate} moves a selection bias; give balance.selection_bias=true as well."
+        )
+    if router.warmup_steps > config.train.steps:
+        raise InputError(f"router.warmup_steps={router.warmup_steps} is more than train.steps={config.train.steps}.")
+    layer_factors("balance.layers", balance.layers, model.num_hidden_layers)
 
 
 def _check_schedule(optim: Optim, steps: int) -> None:

@@ -37,7 +37,7 @@ PLACEMENTS = (
     "usage",
     "map",
 )
-GRADIENTS = ("topk", "ste")
+GRADIENTS = ("topk", "ste", "default_vector")
 DISPATCHERS = ("alltoall", "allgather", "grouped_allgather")
 
 
@@ -59,6 +59,8 @@ class Model:
     router_n_groups: int = key(1, "groups that top-k is split over; 1 is plain top-k", within="[1, inf)")
     moe_intermediate_size: int = key(48, "width inside an expert", within="[1, inf)")
     norm_topk_prob: bool = key(True, "divide the chosen probabilities by their sum")
+    scoring_func: str = key("softmax", "what makes scores of the router's logits", ("softmax", "sigmoid"))
+    routed_scaling_factor: float = key(1.0, "multiplies the weights of the chosen experts", within="(0, inf)")
     rope_theta: float = key(1e6, "base of the rotary frequencies", within="(0, inf)")
     max_position_embeddings: int = key(4096, "longest sequence the model is meant for", within="[1, inf)")
     rms_norm_eps: float = key(1e-6, "epsilon of the norms", within="(0, inf)")
@@ -98,14 +100,28 @@ class Optim:
 
 @dataclass
 class Router:
-    gradient: str = key("ste", "gradient of the router: topk (plain) or ste (straight-through, dense)", GRADIENTS)
+    gradient: str = key(
+        "ste",
+        "gradient of the router: topk (plain), ste (straight-through) or default_vector (dense, by mean outputs of experts)",
+        GRADIENTS,
+    )
     temperature: float = key(1.0, "temperature of the straight-through surrogate", within="(0, inf)")
+    normalised: bool = key(False, "divide the gradient of ste by the probability mass of the chosen experts")
+    default_decay: float = key(0.9, "decay a step of the mean outputs of default_vector", within="[0, 1)")
+    lr_multiplier: float = key(1.0, "learning rate of the routers over that of all else", within="[0, inf)")
+    warmup_steps: int = key(0, "steps over which lr_multiplier grows from 0", within="[0, inf)")
+    freeze: bool = key(False, "keep the routers' weights")
 
 
 @dataclass
 class Balance:
-    coefficient: float = key(1e-3, "weight of the Switch balance loss of each layer (scope: one micro-batch)", within="[0, inf)")
+    coefficient: float = key(1e-3, "weight of the Switch balance loss of each layer", within="[0, inf)")
+    group_coefficient: float = key(0.0, "weight of the same loss inside the groups of each layer", within="[0, inf)")
+    scope: str = key("micro", "balance of one micro-batch, or against the load of the whole previous step", ("micro", "global"))
     z_loss: float = key(0.0, "weight of the router z-loss of each layer", within="[0, inf)")
+    layers: list[str] = words("factors of the three weights in single layers, such as [0-3x4,47x0.5]")
+    selection_bias: bool = key(False, "give every router a bias for the choice alone (loss-free balancing)")
+    bias_rate: float = key(0.0, "change of the selection bias a step, in units of a score", within="[0, inf)")
 
 
 @dataclass
@@ -114,9 +130,11 @@ class Parallel:
     tensor: int = key(1, "tensor-parallel ranks (TP); more than one turns sequence parallelism on", within="[1, inf)")
     expert_tensor: int = key(1, "tensor-parallel ranks inside an expert (ETP)", within="[1, inf)")
     pipeline: int = key(1, "pipeline stages (PP)", within="[1, inf)")
+    interleave: int = key(1, "parts of a pipeline stage that lie apart in the model (interleaved schedule)", within="[1, inf)")
     context: int = key(1, "context-parallel ranks (CP)", within="[1, inf)")
     dispatcher: str = key("alltoall", "how tokens reach experts on other ranks", DISPATCHERS)
     recompute: str = key("none", "activations to compute again in the backward pass", ("none", "selective", "full"))
+    overlap: bool = key(False, "communicate gradients, weights and stages' outputs while computing")
     timeout_seconds: float = key(600.0, "longest wait for another rank", within="(0, inf)")
 
 
@@ -158,6 +176,9 @@ class Track:
     wandb: str = key("offline", "online, offline or off", ("online", "offline", "off"))
     project: str = key("moexpand", "W&B project")
     name: str | None = key(None, "W&B run name; not given: the run folder's name")
+    routing_every: int = key(10, "steps between looks at the routers and at the time of each phase; 0 never", within="[0, inf)")
+    siblings_every: int = key(100, "steps between comparisons of experts with one parent; 0 never", within="[0, inf)")
+    sibling_outputs: int = key(0, "tokens on which the siblings' outputs are compared as well", within="[0, inf)")
 
 
 @dataclass
@@ -176,7 +197,7 @@ class TrainCommand:
     model: Model = part(Model, "shape of a model trained from scratch")
     train: Train = part(Train, "length and batch")
     optim: Optim = part(Optim, "AdamW and its schedule")
-    router: Router = part(Router, "the router's gradient")
+    router: Router = part(Router, "how the routers learn")
     balance: Balance = part(Balance, "auxiliary losses")
     parallel: Parallel = part(Parallel, "layout over ranks")
     data: Data = part(Data, "shards")
@@ -184,7 +205,7 @@ class TrainCommand:
     launch: Launch = part(Launch, "how workers start")
     save: Save = part(Save, "checkpoints")
     evaluate: Evaluate = part(Evaluate, "held-out loss during training")
-    track: Track = part(Track, "W&B")
+    track: Track = part(Track, "W&B and telemetry")
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -319,6 +340,8 @@ class LogitsCommand:
     checkpoint: str = key(MISSING, "Hugging Face folder")
     tokens: str = key(MISSING, "int64 .npy [B, S]")
     out: str = key(MISSING, "float32 .npy [B, S, V] to write")
+    routes: str | None = key(None, "integer .npy [B, S, layers, K]: experts to visit instead of the routers' choice (replay)")
+    routes_out: str | None = key(None, "uint8 or uint16 .npy [B, S, layers, K] to write: the experts that were visited")
     processes: int = key(1, "workers on this machine", within="[1, inf)")
     parallel: Parallel = part(Parallel, "layout over ranks")
     precision: Precision = part(Precision, "number formats")

@@ -1,18 +1,23 @@
 """Causal core attention over packed sequences, given where each begins (cu_seqlens).
 
-Megatron-Core's own attention without Transformer Engine takes no packed sequences. This one runs torch's scaled dot-product
-attention once for each distinct segment length, all segments of a length together, so that no score between two samples is
-ever computed.
+Megatron-Core's own attention without Transformer Engine takes no packed sequences and no context parallelism. This one runs
+torch's scaled dot-product attention once for each distinct segment length, all segments of a length together, so that no
+score between two samples is ever computed. Under context parallelism every rank holds two chunks of the stream (context.py);
+keys and values are gathered, and a segment that began before the chunk attends with its earlier keys.
 
-Legend: T tokens of the packed stream, N query heads, M key/value heads, D head width, S length of a segment.
+Legend: T tokens of the packed stream, t of them on this rank, N query heads, M key/value heads, D head width.
 """
 
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn.attention.bias import causal_lower_right
+
+from moexpand.parallel import context
 
 
 class PackedAttention(torch.nn.Module):
@@ -35,47 +40,90 @@ class PackedAttention(torch.nn.Module):
         """Attend causally inside every segment.
 
         Args:
-            query: [T, 1, N, D].
-            key, value: [T, 1, M, D], M a divisor of N.
+            query: [t, 1, N, D].
+            key, value: [t, 1, M, D], M a divisor of N.
             attention_mask, attn_mask_type, attention_bias: part of Megatron-Core's signature; the segments alone decide.
-            packed_seq_params: `cu_seqlens_q` holds the segments' boundaries, int32 [segments + 1] on the CPU.
+            packed_seq_params: `cu_seqlens_q` holds the segments' boundaries in the whole stream, int32 [segments + 1] on the CPU.
 
         Returns:
-            [T, 1, N * D].
+            [t, 1, N * D].
         """
         assert packed_seq_params is not None
         tokens, _, heads, width = query.shape
         bounds = packed_seq_params.cu_seqlens_q.tolist()
+        query_tND, key_tMD, value_tMD = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        size = context.group().size()
+        if size == 1:
+            output = self._segments(query_tND, key_tMD, value_tMD, list(pairwise(bounds)))
+        else:
+            key_TMD, value_TMD = context.gather(torch.stack((key_tMD, value_tMD), 1)).unbind(1)
+            chunks = context.own_chunks(tokens * size, size, context.group().rank())
+            output = torch.cat(
+                [
+                    self._chunk(part_ND, key_TMD, value_TMD, chunk, bounds)
+                    for part_ND, chunk in zip(query_tND.chunk(2), chunks, strict=True)
+                ]
+            )
+        return output.reshape(tokens, 1, heads * width)
+
+    def _chunk(
+        self, query: torch.Tensor, key_TMD: torch.Tensor, value_TMD: torch.Tensor, chunk: range, bounds: list[int]
+    ) -> torch.Tensor:
+        """Queries [t/2, N, D] of a chunk of the stream against the keys of the whole stream."""
+        outputs, pieces = [], list(_pieces(chunk, bounds))
+        start, stop = pieces[0]
+        if start < chunk.start:  # began in an earlier chunk: the mask is aligned at the end of keys and queries
+            rows = stop - chunk.start
+            key, value = key_TMD[None, start:stop], value_TMD[None, start:stop]
+            outputs.append(self._product(query[None, :rows], key, value, attn_mask=causal_lower_right(rows, stop - start))[0])
+            pieces = pieces[1:]
+        if pieces:
+            first = pieces[0][0]
+            key, value = key_TMD[first : chunk.stop], value_TMD[first : chunk.stop]
+            inside = [(start - first, stop - first) for start, stop in pieces]
+            outputs.append(self._segments(query[first - chunk.start :], key, value, inside))
+        return torch.cat(outputs)
+
+    def _segments(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: list[tuple[int, int]]
+    ) -> torch.Tensor:
+        """Whole segments, which fill the stream: [t, heads, D] -> [t, N, D]."""
         by_length: dict[int, list[int]] = {}
-        for start, stop in pairwise(bounds):
+        for start, stop in segments:
             if stop > start:
                 by_length.setdefault(stop - start, []).append(start)
-        query_TND, key_TMD, value_TMD = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         if len(by_length) == 1:
-            length = next(iter(by_length))
-            return self._attend(query_TND, key_TMD, value_TMD, length).reshape(tokens, 1, heads * width)
+            return self._attend(query, key, value, next(iter(by_length)))
         rows_of, outputs = [], []
         for length, starts in sorted(by_length.items()):
             first = torch.tensor(starts, device=query.device)
             rows = (first[:, None] + torch.arange(length, device=query.device)).flatten()
             rows_of.append(rows)
-            query_RND, key_RMD, value_RMD = (each.index_select(0, rows) for each in (query_TND, key_TMD, value_TMD))
+            query_RND, key_RMD, value_RMD = (each.index_select(0, rows) for each in (query, key, value))
             outputs.append(self._attend(query_RND, key_RMD, value_RMD, length))
         back = torch.cat(rows_of).argsort()
-        return torch.cat(outputs).index_select(0, back).reshape(tokens, 1, heads * width)
+        return torch.cat(outputs).index_select(0, back)
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, length: int) -> torch.Tensor:
         """Segments of one length, one behind the other: [B*S, heads, D] -> [B*S, N, D]."""
+        batched = (each.unflatten(0, (-1, length)) for each in (query, key, value))
+        return self._product(*batched, is_causal=True).flatten(0, 1)
 
-        def batched(x: torch.Tensor) -> torch.Tensor:
-            return x.unflatten(0, (-1, length)).transpose(1, 2)
-
+    def _product(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **mask: Any) -> torch.Tensor:
+        """[B, S, N, D] by [B, S', M, D] to [B, S, N, D]."""
         output = torch.nn.functional.scaled_dot_product_attention(
-            batched(query),
-            batched(key),
-            batched(value),
-            is_causal=True,
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
             scale=self.scale,
-            enable_gqa=query.shape[1] != key.shape[1],
+            enable_gqa=query.shape[2] != key.shape[2],
+            **mask,
         )
-        return output.transpose(1, 2).flatten(0, 1)
+        return output.transpose(1, 2)
+
+
+def _pieces(chunk: range, bounds: list[int]) -> Iterator[tuple[int, int]]:
+    """The segments that reach into a chunk, cut off at its end, but with their true beginning."""
+    for start, stop in pairwise(bounds):
+        if stop > start and stop > chunk.start and start < chunk.stop:
+            yield start, min(stop, chunk.stop)

@@ -1,11 +1,13 @@
 """A micro-batch on the device: one packed stream of tokens."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+
+from moexpand.parallel import context
 
 
 @dataclass(frozen=True)
@@ -15,7 +17,8 @@ class PackedBatch:
     Attributes:
         tokens, labels, positions: int64 [T]; positions restart at every segment.
         loss_mask: float32 [T], 1 where the label counts.
-        cu_seqlens: int32 [segments + 1] on the CPU, where each segment begins; the last entry is T.
+        cu_seqlens: int32 [segments + 1] on the CPU, where each segment begins; the last entry is T. Under context parallelism
+            it is that of the whole stream also where the others are one rank's part.
     """
 
     tokens: torch.Tensor
@@ -52,6 +55,17 @@ class PackedBatch:
             loss_mask=mask.flatten().to(tokens_BS.device),
             cu_seqlens=torch.arange(batch + 1, dtype=torch.int32) * length,
         )
+
+    def split(self, first: int) -> tuple["PackedBatch", torch.Tensor]:
+        """This context-parallel rank's tokens, and their tags (see `GroupedRouter`), int64.
+
+        Args:
+            first: number of the stream's first token among those of the step.
+        """
+        numbers = torch.arange(first, first + self.tokens.numel(), device=self.tokens.device)
+        tags = 2 * numbers + (self.loss_mask == 0)
+        names = ("tokens", "labels", "positions", "loss_mask")
+        return replace(self, **{name: context.split(getattr(self, name)) for name in names}), context.split(tags)
 
     def packed_seq_params(self) -> PackedSeqParams:
         """The segments in Megatron-Core's words.

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint import CheckpointException
 from moexpand.base.errors import EnvironmentFailure
 from moexpand.parallel import cpu
 from moexpand.parallel.engine import Engine
-from moexpand.parallel.optimizer import apply_settings
+from moexpand.parallel.optimizer import apply_settings, weights_settled
 
 # Copied at every use: Megatron-Core notes the process group of the moment in it.
 _METADATA = {
@@ -39,7 +39,12 @@ def save(engine: Engine, folder: Path, extra: dict[str, Any]) -> None:
         EnvironmentFailure: a rank could not write its part.
     """
     cpu.enable()
-    model_state = engine.model.sharded_state_dict(metadata=dict(_METADATA))
+    with weights_settled(engine.wrapped):
+        _save(engine, folder, extra)
+
+
+def _save(engine: Engine, folder: Path, extra: dict[str, Any]) -> None:
+    model_state = _model_state(engine)
     optimizer_state = engine.optimizer.sharded_state_dict(model_state, metadata=dict(_METADATA))
     for part in optimizer_state.values():
         if part["param_state"] is None:  # held by the first rank of the data-parallel group
@@ -63,13 +68,19 @@ def load(engine: Engine, folder: Path) -> dict[str, Any]:
         `extra` as it was given to `save`.
     """
     cpu.enable()
-    model_state = engine.model.sharded_state_dict(metadata=dict(_METADATA))
+    model_state = _model_state(engine)
+    stored = dist_checkpointing.load_tensors_metadata(str(folder))
+    for part in model_state.values():
+        # A run may take up the gradient `default_vector` on its way; its averages then begin empty.
+        for name in [name for name in part if ".default_vectors." in name and part[name].key not in stored]:
+            del part[name]
     state: dict[str, Any] = {"model": model_state}
     if engine.optimizer is not None:
         _initialise_states(engine.optimizer)
         state["optimizer"] = engine.optimizer.sharded_state_dict(model_state, is_loading=True, metadata=dict(_METADATA))
     loaded = dist_checkpointing.load(state, str(folder), get_default_load_sharded_strategy(str(folder)))
-    engine.model.load_state_dict(loaded["model"])
+    for number, stage in enumerate(engine.stages):
+        stage.load_state_dict(stage.state_dict() | loaded["model"][f"part{number}"])
     extra: dict[str, Any] = loaded["extra"]
     if engine.optimizer is not None:
         for part in _parts(engine.optimizer):
@@ -78,6 +89,11 @@ def load(engine: Engine, folder: Path) -> dict[str, Any]:
         _set_adam_step(engine.optimizer, extra["adam_step"])
         apply_settings(engine.optimizer, engine.settings)
     return {name: value for name, value in extra.items() if name != "adam_step"}
+
+
+def _model_state(engine: Engine) -> dict[str, Any]:
+    """The stages' tensors, each stored under its place in the whole model."""
+    return {f"part{number}": stage.sharded_state_dict(metadata=dict(_METADATA)) for number, stage in enumerate(engine.stages)}
 
 
 def _parts(optimizer: Any) -> list[DistributedOptimizer]:

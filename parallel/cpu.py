@@ -2,11 +2,13 @@
 
 Nothing outside Megatron-Core is touched: its modules get a stand-in for the name `torch` that hands everything through
 except devices, streams and random states. Two things it cannot reach are mended beside it: Megatron-Core tells number formats
-apart by the names of CUDA tensor types (`name_types_as_cuda`), and its all-to-all dispatcher keeps split sizes as tensors
-when they lie on the CPU already. Written against megatron-core 0.16.1; the version is pinned.
+apart by the names of CUDA tensor types (`name_types_as_cuda`), its all-to-all dispatcher keeps split sizes as tensors
+when they lie on the CPU already, and gloo gathers and reduces equal pieces alone. Written against megatron-core 0.16.1; the
+version is pinned.
 """
 
 import contextlib
+import ctypes
 import functools
 import sys
 import types
@@ -16,6 +18,10 @@ from typing import Any
 import torch
 
 CPU = torch.device("cpu")
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""Numbers of glibc's malloc.h."""
+
+_NORM_PIECE = 2**16
 _FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "empty_like", "zeros_like")
 
 
@@ -99,6 +105,20 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else CPU
 
 
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed, where there is no GPU and the C library is glibc.
+
+    By default it hands large blocks back to the system at once, and every tensor of some megabytes costs a page fault for each of
+    its pages again: half the time of a small expert layer.
+    """
+    if torch.cuda.is_available() or sys.platform != "linux":
+        return
+    with contextlib.suppress(OSError, AttributeError):  # another C library has no such function
+        library = ctypes.CDLL(None)
+        library.mallopt(_M_MMAP_THRESHOLD, 2**25)  # the largest that glibc accepts
+        library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 def enable() -> None:
     """Point every Megatron-Core module imported so far at the CPU, where there is no GPU; call again after importing more."""
     if torch.cuda.is_available():
@@ -106,9 +126,10 @@ def enable() -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
             module.torch = _STAND_IN  # type: ignore[attr-defined]
+    from megatron.core.distributed import param_and_grad_buffer
     from megatron.core.models.common.language_module import language_module
     from megatron.core.optimizer import distrib_optimizer, optimizer
-    from megatron.core.tensor_parallel import random
+    from megatron.core.tensor_parallel import mappings, random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     # Asked only when a tied embedding is copied to the last stage over GPUs; here both are filled by name.
@@ -117,6 +138,10 @@ def enable() -> None:
     optimizer.get_grad_norm_fp32 = _gradient_norm
     moe_utils.te_general_gemm = None
     token_dispatcher.maybe_move_tensor_to_cpu = _host_copy
+    mappings._gather_along_first_dim = _gather_padded(mappings._gather_along_first_dim)
+    mappings._reduce_scatter_along_first_dim = _reduce_scatter_padded(mappings._reduce_scatter_along_first_dim)
+    param_and_grad_buffer.dist_reduce_scatter_func = _unless_alone(param_and_grad_buffer.dist_reduce_scatter_func)
+    param_and_grad_buffer.dist_all_gather_func = _unless_alone(param_and_grad_buffer.dist_all_gather_func)
     sharded = distrib_optimizer.DistributedOptimizer
     sharded.get_parameter_state_dp_zero = _gathered_by_gloo(sharded.get_parameter_state_dp_zero)
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
@@ -143,7 +168,8 @@ def _gradient_norm(grads_for_norm: Any, norm_type: float = 2.0, grad_stats_paral
     grads = [grads_for_norm] if isinstance(grads_for_norm, torch.Tensor) else grads_for_norm
     total = torch.zeros((), dtype=torch.float64)
     for grad in grads:
-        total += torch.linalg.vector_norm(grad, dtype=torch.float64) ** 2
+        for piece in grad.detach().flatten().split(_NORM_PIECE):  # whose copy in float64 stays in the cache
+            total += torch.linalg.vector_norm(piece, dtype=torch.float64) ** 2
     torch.distributed.all_reduce(total, group=grad_stats_parallel_group)
     return float(total.sqrt())
 
@@ -167,6 +193,55 @@ def _gathered_by_gloo(gather: Callable[..., Any]) -> Callable[..., Any]:
         return gather(optimizer, use_gloo_comm=True, **kwargs)
 
     return wrapped
+
+
+def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """A rank that is alone in its group has its part of a buffer already; gloo would copy it onto itself."""
+    if hasattr(collective, "spares_the_alone"):
+        return collective
+
+    def wrapped(output: torch.Tensor, input: torch.Tensor, *args: Any, group: Any, **kwargs: Any) -> Any:
+        if group.size() == 1 and output.data_ptr() == input.data_ptr():
+            return None
+        return collective(output, input, *args, group=group, **kwargs)
+
+    wrapped.spares_the_alone = True  # type: ignore[attr-defined]
+    return wrapped
+
+
+def _gather_padded(gather: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Unequal pieces are filled up to the largest."""
+    if hasattr(gather, "__wrapped__"):
+        return gather
+
+    @functools.wraps(gather)
+    def wrapped(piece: torch.Tensor, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False) -> torch.Tensor:
+        if output_split_sizes is None or group.size() == 1:
+            return gather(piece, group, None, use_global_buffer)
+        sizes = [int(size) for size in output_split_sizes]
+        pieces = gather(_fill_up(piece, max(sizes)), group).chunk(len(sizes))
+        return torch.cat([each[:size] for each, size in zip(pieces, sizes, strict=True)])
+
+    return wrapped
+
+
+def _reduce_scatter_padded(reduce_scatter: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    if hasattr(reduce_scatter, "__wrapped__"):
+        return reduce_scatter
+
+    @functools.wraps(reduce_scatter)
+    def wrapped(whole: torch.Tensor, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False) -> torch.Tensor:
+        if input_split_sizes is None or group.size() == 1:
+            return reduce_scatter(whole, group, None, use_global_buffer)
+        sizes = [int(size) for size in input_split_sizes]
+        filled = torch.cat([_fill_up(piece, max(sizes)) for piece in whole.split(sizes)])
+        return reduce_scatter(filled, group)[: sizes[group.rank()]]
+
+    return wrapped
+
+
+def _fill_up(piece: torch.Tensor, rows: int) -> torch.Tensor:
+    return torch.cat((piece, piece.new_zeros(rows - len(piece), *piece.shape[1:])))
 
 
 def _host_copy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

@@ -4,23 +4,28 @@ Everything that the trainer needs of Megatron-Core goes through this class.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from moexpand.parallel import cpu, optimizer, weights
+from moexpand.parallel import context, cpu, optimizer, phases, weights
 from moexpand.parallel.batch import PackedBatch
-from moexpand.parallel.cross_entropy import split_cross_entropy
-from moexpand.parallel.model import build_stage
+from moexpand.parallel.model import build_stages
+from moexpand.parallel.moe import GroupedMoELayer
 from moexpand.parallel.optimizer import AdamSettings
 from moexpand.parallel.ranks import Ranks
+from moexpand.parallel.replay import Routes
 from moexpand.parallel.router import GroupedRouter
 from moexpand.parallel.shape import DTYPES, Layout, ModelShape, RouterRules
+from moexpand.parallel.stage import Stage
+from moexpand.parallel.watch import RouterWatch
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,12 @@ class StepReport:
         grad_norm: of all gradients before clipping.
         skipped: a gradient was not finite and the weights stayed.
         dispatched: float64 [layers, experts], token copies sent to each expert.
-        balance, z_loss: float64 [layers], token-weighted means over the micro-batches, without their coefficients.
+        balance, group_balance, z_loss: float64 [layers], means over the unmasked tokens, without their coefficients;
+            `group_balance` is 0 where it has no coefficient.
+        rank_rows: float64 [ranks], rows that the experts of each rank computed, over its layers and micro-batches.
+        seconds: this rank's time in the parts of the step (empty unless asked for).
+        watched: what the `RouterWatch` found, by name, float64 [layers] (empty without one).
+        routes: [T, layers, K] of each of this data-parallel rank's micro-batches, where recording was asked for.
     """
 
     loss: float
@@ -42,7 +52,12 @@ class StepReport:
     skipped: bool
     dispatched: torch.Tensor
     balance: torch.Tensor
+    group_balance: torch.Tensor
     z_loss: torch.Tensor
+    rank_rows: torch.Tensor
+    seconds: dict[str, float] = field(default_factory=dict)
+    watched: dict[str, torch.Tensor] = field(default_factory=dict)
+    routes: list[np.ndarray] | None = None
 
 
 class Engine:
@@ -50,76 +65,129 @@ class Engine:
 
     def __init__(self, shape: ModelShape, layout: Layout, rules: RouterRules, precision: str, ranks: Ranks) -> None:
         self.shape, self.layout, self.ranks = shape, layout, ranks
-        self.model = build_stage(shape, layout, rules, DTYPES[precision])
-        self.wrapped: Any = None
+        self.stages: list[Stage] = build_stages(shape, layout, rules, DTYPES[precision])
+        self.wrapped: list[Any] = []
         self.optimizer: Any = None
 
     def fill(self, read: weights.Reader, order: weights.Order = weights.as_they_lie) -> set[str]:
         """Load weights by Hugging Face name, in this order; returns the names that this rank read."""
-        return weights.fill(self.model, self.shape, read, order)
+        return weights.fill(self.stages, self.shape, read, order)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The weights by Hugging Face name (see `weights.collect`)."""
-        return weights.collect(self.model, self.shape)
+        with optimizer.weights_settled(self.wrapped):
+            yield from weights.collect(self.stages, self.shape)
 
     def prepare_training(self, settings: AdamSettings) -> None:
         """Wrap the model for data parallelism and build the optimiser; call after `fill`."""
         self.settings = settings
-        self.wrapped = optimizer.wrap(self.model)
+        self.wrapped = optimizer.wrap(self.stages, self.layout.overlap)
         self.optimizer = optimizer.build(self.wrapped, settings)
 
-    def step(self, batches: Sequence[PackedBatch], lr: float) -> StepReport:
-        """One optimiser step on this rank's micro-batches of the global batch (equally many on every data rank)."""
-        self.wrapped.train()
-        self.wrapped.zero_grad_buffer()
+    def step(
+        self,
+        batches: Sequence[PackedBatch],
+        lr: float,
+        router_lr: float | None = None,
+        routes: Sequence[np.ndarray] | None = None,
+        record: bool = False,
+        watch: RouterWatch | None = None,
+    ) -> StepReport:
+        """One optimiser step on this rank's micro-batches of the global batch (equally many on every data rank).
+
+        Args:
+            router_lr: learning rate of the routers; None is `lr`.
+            routes: experts to visit, [T, layers, K] for each micro-batch, instead of the routers' choice.
+            record: give back the routes.
+            watch: looks at the routers' work and measures the parts of the step.
+        """
+        if watch is None:
+            return self._step(batches, lr, router_lr, self._routes(batches, routes, record))
+        with phases.measured() as seconds, watch.watching(self.routers):
+            report = self._step(batches, lr, router_lr, self._routes(batches, routes, record))
+        return replace(report, seconds=dict(seconds), watched=watch.take(self.shape.num_hidden_layers))
+
+    def _step(self, batches: Sequence[PackedBatch], lr: float, router_lr: float | None, routes: Routes | None) -> StepReport:
+        for wrapped in self.wrapped:
+            wrapped.train()
+            wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
-        for router in self._routers():
-            router.reset_statistics()
-        loss_sum, tokens = self._run(self.wrapped, batches, forward_only=False)
-        optimizer.set_learning_rate(self.optimizer, lr)
-        grad_norm, updated = optimizer.update(self.optimizer)
-        dispatched, balance, z_loss = self._statistics(tokens)
-        return StepReport(loss_sum / max(tokens, 1), int(tokens), grad_norm, not updated, dispatched, balance, z_loss)
+        for layer in self.moe_layers:
+            layer.router.reset_statistics()
+            layer.experts.rows_computed = 0
+        with phases.timed("forward_backward"):
+            loss_sum, tokens, recorded = self._run(self.wrapped, batches, False, routes)
+        with phases.timed("optimizer"):
+            optimizer.set_learning_rate(self.optimizer, lr, lr if router_lr is None else router_lr)
+            grad_norm, updated = optimizer.update(self.optimizer)
+        table, rank_rows = self._statistics()
+        for layer in self.moe_layers:
+            layer.end_step(table[layer.router.layer, :-3])
+        table = table.cpu()
+        balance, group_balance, z_loss = (table[:, -3:] / max(tokens, 1)).unbind(1)
+        return StepReport(
+            loss=loss_sum / max(tokens, 1),
+            tokens=int(tokens),
+            grad_norm=grad_norm,
+            skipped=not updated,
+            dispatched=table[:, :-3],
+            balance=balance,
+            group_balance=group_balance,
+            z_loss=z_loss,
+            rank_rows=rank_rows,
+            routes=recorded,
+        )
 
     def evaluate(self, batches: Sequence[PackedBatch]) -> tuple[float, int]:
         """Loss per token and number of tokens of this rank's batches and all other ranks', without gradients."""
-        self.model.eval()
-        with torch.no_grad():
-            loss_sum, tokens = self._run(self.model, batches, forward_only=True)
+        with self._evaluating():
+            loss_sum, tokens, _ = self._run(self.stages, batches, True, None)
         return loss_sum / max(tokens, 1), int(tokens)
 
-    def logits(self, batches: Iterable[PackedBatch]) -> list[torch.Tensor]:
+    def logits(
+        self, batches: Iterable[PackedBatch], routes: Sequence[np.ndarray] | None = None, record: bool = False
+    ) -> tuple[list[torch.Tensor], list[np.ndarray] | None]:
         """Logits [T, V] in the model's dtype of each batch, whole on every rank of the last pipeline stage, empty elsewhere.
 
         Every data-parallel rank computes the batches that it is given; the ranks of an expert-parallel group must be given
-        equally many of equal length.
+        equally many of equal length. Routes are replayed and recorded as in `step`, and are whole on every rank.
         """
-        self.model.eval()
         outputs: list[torch.Tensor] = []
+        recorded: list[np.ndarray] = []
 
         def keep(logits: torch.Tensor, non_loss_data: bool = False) -> torch.Tensor:
             return logits
 
-        for batch in batches:
-            with torch.no_grad():
-                stored = get_forward_backward_func()(
-                    forward_step_func=lambda iterator, model: (self._forward(iterator, model)[0], keep),
-                    data_iterator=iter([batch]),
-                    model=[self.model],
-                    num_microbatches=1,
-                    seq_length=batch.tokens.numel(),
-                    micro_batch_size=1,
-                    forward_only=True,
+        for number, batch in enumerate(batches):
+            table = self._routes([batch], None if routes is None else [routes[number]], record)
+            with self._evaluating():
+                stored = self._schedule(
+                    self.stages,
+                    [batch],
+                    lambda micro, model: (self._forward(micro, model), keep),
+                    table,
                     collect_non_loss_data=True,
                 )
             if self.ranks.last_stage:
-                outputs.append(_gather_columns(stored[0].flatten(0, 1)))
-        return outputs
+                outputs.append(context.gather(_gather_columns(stored[0].flatten(0, 1))))
+            if table is not None and record:
+                recorded += self._collect(table, [batch])
+        return outputs, recorded if record else None
+
+    @property
+    def moe_layers(self) -> list[GroupedMoELayer]:
+        """The Mixture-of-Experts layers of this rank's stages."""
+        return [layer.mlp for stage in self.stages for layer in stage.decoder.layers]
+
+    @property
+    def routers(self) -> list[GroupedRouter]:
+        """Their routers."""
+        return [layer.router for layer in self.moe_layers]
 
     @property
     def routed_layers(self) -> list[int]:
-        """Decoder layers of this rank's stage that have a router."""
-        return [router.layer_number - 1 for router in self._routers()]
+        """Decoder layers of this rank's stages that have a router."""
+        return [router.layer for router in self.routers]
 
     def observe_routing(
         self, batches: Sequence[PackedBatch], tell: Callable[[int, int, torch.Tensor, torch.Tensor], None]
@@ -132,100 +200,160 @@ class Engine:
                 int64 [T', K]. Under tensor parallelism T' counts the tokens of this rank's part of the batch (one of TP equal
                 parts in order of the tensor ranks); otherwise it is the whole batch.
         """
-        self.model.eval()
+        assert self.layout.context == 1
         number = -1
 
-        def forward_step(iterator: Iterator[PackedBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+        def forward_step(micro: _Micro, model: Any) -> tuple[torch.Tensor, Any]:
             nonlocal number
-            number += 1
-            return self._forward(iterator, model)[0], lambda output, non_loss_data: None
+            number = micro.number
+            return self._forward(micro, model), lambda output, non_loss_data: None
+
+        def observe(layer: int, logits_TE: torch.Tensor, chosen_TK: torch.Tensor) -> None:
+            if number < len(batches):  # more are only run to fill an interleaved pipeline
+                tell(number, layer, logits_TE, chosen_TK)
 
         # Megatron-Core leaves out the head of a stage that is not said to be the last.
-        self.model.post_process = False
-        for router in self._routers():
-            router.observer = lambda layer, logits_TE, chosen_TK: tell(number, layer, logits_TE, chosen_TK)
+        last = self.stages[-1].post_process
+        self.stages[-1].post_process = False
+        for router in self.routers:
+            router.observer = observe
         try:
-            with torch.no_grad():
-                get_forward_backward_func()(
-                    forward_step_func=forward_step,
-                    data_iterator=iter(batches),
-                    model=[self.model],
-                    num_microbatches=len(batches),
-                    seq_length=batches[0].tokens.numel(),
-                    micro_batch_size=1,
-                    forward_only=True,
-                    collect_non_loss_data=True,
-                )
+            with self._evaluating():
+                self._schedule(self.stages, batches, forward_step, None, collect_non_loss_data=True)
         finally:
-            self.model.post_process = self.ranks.last_stage
-            for router in self._routers():
+            self.stages[-1].post_process = last
+            for router in self.routers:
                 router.observer = None
 
-    def _routers(self) -> Iterator[GroupedRouter]:
-        return (layer.mlp.router for layer in self.model.decoder.layers)
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        for stage in self.stages:
+            stage.eval()
+        with optimizer.weights_settled(self.wrapped):
+            yield
 
-    def _forward(self, iterator: Iterator[PackedBatch], model: torch.nn.Module) -> tuple[torch.Tensor, PackedBatch]:
-        batch = next(iterator)
-        self.model.rotary_pos_emb.positions = batch.positions
-        output = model(
-            input_ids=batch.tokens[None],
-            position_ids=batch.positions[None],
-            attention_mask=None,
-            packed_seq_params=batch.packed_seq_params(),
-            padding_mask=self._padding_mask(batch),
-        )
-        return output, batch
+    def _run(
+        self, models: Sequence[Any], batches: Sequence[PackedBatch], forward_only: bool, routes: Routes | None
+    ) -> tuple[float, int, list[np.ndarray] | None]:
+        """Loss sum and token count of the global batch, and recorded routes."""
 
-    def _padding_mask(self, batch: PackedBatch) -> torch.Tensor:
-        """Bool [1, T], True where the loss does not count.
+        def forward_step(micro: "_Micro", model: Any) -> tuple[torch.Tensor, Any]:
+            tokens = micro.batch.loss_mask.sum()
+            return self._forward(micro, model, with_loss=True), partial(_report, tokens)
 
-        Megatron-Core splits it over the tensor-parallel ranks on the first stage alone; later ones get their part here.
-        """
-        mask = (batch.loss_mask == 0)[None]
-        if self.layout.tensor > 1 and not self.ranks.first_stage:
-            mask = mask.chunk(self.layout.tensor, dim=1)[self.ranks.tensor_rank]
-        return mask
-
-    def _run(self, model: torch.nn.Module, batches: Sequence[PackedBatch], forward_only: bool) -> tuple[float, int]:
-        """Megatron-Core's schedule over the micro-batches; returns loss sum and token count of the global batch."""
-
-        def forward_step(iterator: Iterator[PackedBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-            output, batch = self._forward(iterator, model)
-            return output, partial(self._loss, batch)
-
-        stored = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iter(batches),
-            model=[model],
-            num_microbatches=len(batches),
-            seq_length=batches[0].tokens.numel(),
-            micro_batch_size=1,
-            forward_only=forward_only,
-        )
+        stored = self._schedule(models, batches, forward_step, routes, forward_only=forward_only)
         sums = torch.zeros(2, dtype=torch.float64, device=cpu.device())
         for loss_sum, tokens in stored:
             sums += torch.stack((loss_sum.double(), tokens.double()))
         dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         dist.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())
-        return float(sums[0]), int(sums[1])
+        recorded = self._collect(routes, batches) if routes is not None and routes.recorded is not None else None
+        return float(sums[0]), int(sums[1]), recorded
 
-    def _loss(
-        self, batch: PackedBatch, logits: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-        """Sum over the unmasked tokens, their number, and both again to be reported."""
-        group = parallel_state.get_tensor_model_parallel_group()
-        losses_T = split_cross_entropy(logits.flatten(0, 1), batch.labels, group)
-        loss_sum = (losses_T * batch.loss_mask).sum()
-        tokens = batch.loss_mask.sum()
-        return loss_sum, tokens.int(), (loss_sum.detach(), tokens)
+    def _schedule(
+        self,
+        models: Sequence[Any],
+        batches: Sequence[PackedBatch],
+        forward_step: Callable[["_Micro", Any], tuple[torch.Tensor, Any]],
+        routes: Routes | None,
+        forward_only: bool = True,
+        collect_non_loss_data: bool = False,
+    ) -> list[Any]:
+        """Megatron-Core's pipeline schedule over the micro-batches; returns what the last stage stored for each."""
+        batches = self._filled_up(batches) if forward_only else batches
+        micros, first = [], 0
+        for number, batch in enumerate(batches):
+            micros.append(_Micro(number, *batch.split(first)))
+            first += batch.tokens.numel()
+        for router in self.routers:
+            router.routes = routes
+        try:
+            with torch.set_grad_enabled(not forward_only):
+                stored: list[Any] = get_forward_backward_func()(
+                    forward_step_func=lambda iterator, model: forward_step(next(iterator), model),
+                    data_iterator=[iter(micros) for _ in models],
+                    model=list(models),
+                    num_microbatches=len(micros),
+                    seq_length=batches[0].tokens.numel(),
+                    micro_batch_size=1,
+                    forward_only=forward_only,
+                    collect_non_loss_data=collect_non_loss_data,
+                )
+        finally:
+            for router in self.routers:
+                router.routes = None
+        return stored
 
-    def _statistics(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        table = torch.zeros(self.shape.num_hidden_layers, self.shape.num_experts + 2, dtype=torch.float64, device=cpu.device())
-        for router in self._routers():
-            table[router.layer_number - 1] = torch.cat((router.dispatched, router.losses))
-        dist.all_reduce(table)
-        table = table.cpu()
-        return table[:, :-2], table[:, -2] / max(tokens, 1), table[:, -1] / max(tokens, 1)
+    def _filled_up(self, batches: Sequence[PackedBatch]) -> list[PackedBatch]:
+        """An interleaved schedule takes multiples of the stages; the last batch comes again, masked."""
+        lacking = -len(batches) % self.layout.pipeline if self.layout.interleave > 1 else 0
+        blank = replace(batches[-1], loss_mask=torch.zeros_like(batches[-1].loss_mask))
+        return [*batches, *[blank] * lacking]
+
+    def _forward(self, micro: "_Micro", model: Any, with_loss: bool = False) -> torch.Tensor:
+        batch, stage = micro.batch, getattr(model, "module", model)
+        stage.rotary_pos_emb.positions = batch.positions
+        tags = micro.tags[None]
+        if self.layout.tensor > 1 and not stage.pre_process:
+            # Megatron-Core splits them over the tensor-parallel ranks on the first stage alone.
+            tags = tags.chunk(self.layout.tensor, dim=1)[self.ranks.tensor_rank]
+        output: torch.Tensor = model(
+            input_ids=batch.tokens[None],
+            position_ids=batch.positions[None],
+            attention_mask=None,
+            labels=batch.labels[None] if with_loss else None,
+            loss_mask=batch.loss_mask[None] if with_loss else None,
+            packed_seq_params=batch.packed_seq_params(),
+            padding_mask=tags,
+        )
+        return output
+
+    def _routes(self, batches: Sequence[PackedBatch], routes: Sequence[np.ndarray] | None, record: bool) -> Routes | None:
+        if routes is not None:
+            return Routes.replaying(self._filled_routes(routes))
+        if not record:
+            return None
+        tokens = sum(batch.tokens.numel() for batch in self._filled_up(batches))
+        return Routes(self.shape.num_hidden_layers, tokens, self.shape.num_experts_per_tok)
+
+    def _filled_routes(self, routes: Sequence[np.ndarray]) -> list[np.ndarray]:
+        lacking = -len(routes) % self.layout.pipeline if self.layout.interleave > 1 else 0
+        return [*routes, *[routes[-1]] * lacking]
+
+    def _collect(self, routes: Routes, batches: Sequence[PackedBatch]) -> list[np.ndarray]:
+        """Recorded routes of each micro-batch, whole on every rank that shares it."""
+        groups = [
+            parallel_state.get_tensor_and_context_parallel_group(),
+            parallel_state.get_pipeline_model_parallel_group(),
+        ]
+        whole = routes.collect(groups, self.shape.num_experts)
+        bounds = np.cumsum([batch.tokens.numel() for batch in batches])
+        return np.split(whole[: bounds[-1]], bounds[:-1])
+
+    def _statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Counts and losses of every layer, float64 [layers, experts + 3], and rows of every rank, float64 [ranks] on the CPU."""
+        layers, experts = self.shape.num_hidden_layers, self.shape.num_experts
+        whole = torch.zeros(layers * (experts + 3) + self.ranks.world_size, dtype=torch.float64, device=cpu.device())
+        table, rank_rows = whole[: layers * (experts + 3)].view(layers, -1), whole[layers * (experts + 3) :]
+        for layer in self.moe_layers:
+            table[layer.router.layer] = torch.cat((layer.router.dispatched, layer.router.losses))
+            rank_rows[self.ranks.world_rank] += layer.experts.rows_computed
+        dist.all_reduce(whole)
+        return table, rank_rows.cpu()
+
+
+@dataclass(frozen=True)
+class _Micro:
+    """This rank's part of a micro-batch: its number in the step, tokens, and a tag for each (see `GroupedRouter`)."""
+
+    number: int
+    batch: PackedBatch
+    tags: torch.Tensor
+
+
+def _report(tokens: torch.Tensor, loss_sum: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """Loss sum, number of tokens, and both again to be reported."""
+    return loss_sum, tokens.int(), (loss_sum.detach(), tokens)
 
 
 def _gather_columns(local_TV: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
-"""The local experts of a rank as two stacked weights, computed by grouped matrix products.
+"""The local experts of a rank as two stacked weights.
 
-Legend: E local experts, R rows (token copies, sorted by expert), H hidden, I intermediate.
+Legend: E local experts, R rows (token copies, sorted by expert), U tokens, C experts that a token visits here, H hidden,
+I intermediate of this rank (its part of it, under expert tensor parallelism).
 """
 
 from typing import Any
@@ -10,46 +11,59 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-
-def grouped_linear(rows_RX: torch.Tensor, weights_EYX: torch.Tensor, rows_per_expert: torch.Tensor) -> torch.Tensor:
-    """Each expert's rows times its own weight, transposed: [R, X], [E, Y, X] -> [R, Y].
-
-    Args:
-        rows_per_expert: int64 [E], sums to R.
-    """
-    if rows_RX.dtype == torch.float64:  # torch's grouped product has no float64
-        parts = rows_RX.split(rows_per_expert.tolist())
-        return torch.cat([part @ weight.T for part, weight in zip(parts, weights_EYX, strict=True)])
-    ends = rows_per_expert.to(rows_RX.device).cumsum(0).to(torch.int32)
-    return torch.nn.functional.grouped_mm(rows_RX, weights_EYX.transpose(-2, -1), offs=ends)
+from moexpand.parallel.expert_mlp import InnerSums, Rows, expert_mlp
 
 
 class GroupedExperts(MegatronModule):
     """SwiGLU experts: down(silu(gate x) * up x), times the router's weight.
 
-    `gate_up` [E, 2I, H] holds the gate rows first, then the up rows; `down` [E, H, I].
+    `gate_up` [E, 2, I, H] holds gate and up; `down` [E, H, I]. Expert tensor parallelism splits I, so that each rank's outputs
+    are its share of a sum.
     """
 
     def __init__(self, num_local_experts: int, config: TransformerConfig, pg_collection: Any = None) -> None:
         super().__init__(config=config)
         self.num_local_experts = num_local_experts
-        self.ep_group = pg_collection.ep
+        self.ep_group, self.tensor_group = pg_collection.ep, pg_collection.expt_tp
         self.expert_dp_group = pg_collection.expt_dp
-        hidden, intermediate = config.hidden_size, config.moe_ffn_hidden_size
-        self.gate_up = torch.nn.Parameter(torch.empty(num_local_experts, 2 * intermediate, hidden, dtype=config.params_dtype))
-        self.down = torch.nn.Parameter(torch.empty(num_local_experts, hidden, intermediate, dtype=config.params_dtype))
+        hidden, inner = config.hidden_size, config.moe_ffn_hidden_size // self.tensor_group.size()
+        self.gate_up = torch.nn.Parameter(torch.empty(num_local_experts, 2, inner, hidden, dtype=config.params_dtype))
+        self.down = torch.nn.Parameter(torch.empty(num_local_experts, hidden, inner, dtype=config.params_dtype))
         for parameter in (self.gate_up, self.down):
             # Always reduced over the expert-data-parallel group, also where every rank holds all experts: Megatron-Core's
             # own rule (dense group when EP is 1) forgets the tensor-parallel ranks, which see different tokens.
             parameter.allreduce = False  # type: ignore[attr-defined]
             # Not the same on all tensor-parallel ranks, so that each rank's share counts in the gradient norm.
             parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+        self.average_outputs = False
+        self.inner_sums: InnerSums | None = None
+        self.rows_computed = 0
 
-    def forward(self, rows_RH: torch.Tensor, rows_per_expert: torch.Tensor, weights_R: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """Compute [R, H] rows, sorted by local expert; returns [R, H] and no bias."""
-        gate_RI, up_RI = grouped_linear(rows_RH, self.gate_up, rows_per_expert).chunk(2, dim=-1)
-        inner_RI = torch.nn.functional.silu(gate_RI) * up_RI * weights_R.to(rows_RH.dtype)[:, None]
-        return grouped_linear(inner_RI, self.down, rows_per_expert), None
+    def forward(self, x: torch.Tensor, weights: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """Run tokens through the experts that they visit.
+
+        Args:
+            x: tokens [U, H], or [R, H] where the rows are given sorted.
+            weights: [U, C] or [R].
+
+        Returns:
+            The weighted sums [U, H], or weighted rows [R, H].
+        """
+        if torch.is_grad_enabled():
+            self.rows_computed += weights.numel()
+        collecting = self.average_outputs and self.training and torch.is_grad_enabled()
+        if collecting and self.inner_sums is None:
+            self.inner_sums = InnerSums(self.down)
+        return expert_mlp(x, weights, self.gate_up.flatten(1, 2), self.down, rows, self.inner_sums if collecting else None)
+
+    def take_output_sums(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum of each local expert's outputs since the last call, unweighted, fp32 or wider [E, H], and their number int64 [E].
+
+        Under expert tensor parallelism the sums are this rank's share.
+        """
+        taken, self.inner_sums = self.inner_sums or InnerSums(self.down), None
+        sums_EH = torch.bmm(self.down.detach().to(taken.sums.dtype), taken.sums[:, :, None])[:, :, 0]
+        return sums_EH, taken.rows
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: dict[str, Any] | None = None
@@ -62,6 +76,7 @@ class GroupedExperts(MegatronModule):
                 parameter,
                 *sharded_offsets,
                 (axis, self.ep_group.rank(), self.ep_group.size()),
+                (axis + 2, self.tensor_group.rank(), self.tensor_group.size()),
                 replica_id=(0, 0, self.expert_dp_group.rank()),
                 prepend_axis_num=axis,
             )

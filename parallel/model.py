@@ -1,4 +1,4 @@
-"""Builds one pipeline stage's GPTModel of Megatron-Core from our layer spec; modules are chosen here and nowhere else."""
+"""Builds a rank's pipeline stages of Megatron-Core's GPTModel from our layer spec; modules are chosen here and nowhere else."""
 
 from functools import partial
 from typing import Any
@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
@@ -16,7 +15,7 @@ from megatron.core.tensor_parallel.layers import (
 )
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -24,12 +23,13 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from moexpand.parallel import cpu
 from moexpand.parallel.attention import PackedAttention
-from moexpand.parallel.dispatcher import GroupedAllGatherDispatcher
 from moexpand.parallel.experts import GroupedExperts
+from moexpand.parallel.moe import GroupedMoELayer
 from moexpand.parallel.norm import RMSNorm
 from moexpand.parallel.rotary import RotaryAngles
 from moexpand.parallel.router import GroupedRouter
 from moexpand.parallel.shape import Layout, ModelShape, RouterRules
+from moexpand.parallel.stage import Head, Stage
 
 RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
@@ -75,6 +75,10 @@ def transformer_config(shape: ModelShape, layout: Layout, dtype: torch.dtype) ->
         bf16=dtype == torch.bfloat16,
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.interleave if layout.interleave > 1 else None,
+        # Batched sends and receives mix up the two directions where a stage's neighbours are one and the same rank.
+        overlap_p2p_comm=layout.interleave > 1,
+        batch_p2p_comm=layout.interleave == 1,
         context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
@@ -85,8 +89,8 @@ def transformer_config(shape: ModelShape, layout: Layout, dtype: torch.dtype) ->
     )
 
 
-def _layer_spec(shape: ModelShape, rules: RouterRules) -> ModuleSpec:
-    router = partial(GroupedRouter, groups=shape.router_n_groups, renormalise=shape.norm_topk_prob, rules=rules)
+def _layer_spec(shape: ModelShape, layout: Layout, rules: RouterRules, groups: ProcessGroupCollection) -> ModuleSpec:
+    router = partial(GroupedRouter, shape=shape, rules=rules)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -104,49 +108,55 @@ def _layer_spec(shape: ModelShape, rules: RouterRules) -> ModuleSpec:
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=GroupedExperts, router=router)),
+            mlp=ModuleSpec(
+                module=GroupedMoELayer,
+                params={"shape": shape, "rules": rules, "dispatcher": layout.dispatcher, "pg_collection": groups},
+                submodules=MoESubmodules(experts=GroupedExperts, router=router),
+            ),
             mlp_bda=get_bias_dropout_add,
         ),
     )
 
 
-def build_stage(shape: ModelShape, layout: Layout, rules: RouterRules, dtype: torch.dtype) -> GPTModel:
-    """This rank's pipeline stage, its weights not yet filled (`weights.fill` does that).
+def build_stages(shape: ModelShape, layout: Layout, rules: RouterRules, dtype: torch.dtype) -> list[Stage]:
+    """This rank's parts of the model, one unless the pipeline is interleaved; weights not yet filled (`weights.fill` does that).
 
     The process groups must exist (`ranks.start`). Embedding and head are split over vocabulary rows.
     """
     config = transformer_config(shape, layout, dtype)
+    numbers = range(layout.interleave) if layout.interleave > 1 else [None]
+    return [_build_stage(shape, layout, rules, config, number) for number in numbers]
+
+
+def _build_stage(shape: ModelShape, layout: Layout, rules: RouterRules, config: TransformerConfig, number: int | None) -> Stage:
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    layers = get_num_layers_to_build(config, pp_rank=groups.pp.rank())
-    spec = TransformerBlockSubmodules(layer_specs=[_layer_spec(shape, rules)] * layers, layer_norm=RMSNorm)
-    model = GPTModel(
+    layers = get_num_layers_to_build(config, vp_stage=number, pp_rank=groups.pp.rank())
+    stage = Stage(
         config=config,
-        transformer_layer_spec=spec,
+        transformer_layer_spec=TransformerBlockSubmodules(
+            layer_specs=[_layer_spec(shape, layout, rules, groups)] * layers, layer_norm=RMSNorm
+        ),
         vocab_size=shape.vocab_size,
         max_sequence_length=shape.max_position_embeddings,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=number),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=number),
         share_embeddings_and_output_weights=shape.tie_word_embeddings,
         position_embedding_type="rope",
         rotary_base=int(shape.rope_theta),
         pg_collection=groups,
+        vp_stage=number,
     )
-    model.rotary_pos_emb = RotaryAngles(shape.head_dim, shape.rope_theta, dtype)
-    if layout.dispatcher == "grouped_allgather" or layout.expert == 1:
-        for layer in model.decoder.layers:
-            moe = layer.mlp
-            moe.token_dispatcher = GroupedAllGatherDispatcher(moe.num_local_experts, moe.local_expert_indices, config, groups)
-            moe.router.compact = True
-    _mark_split_parameters(model)
-    return model.to(cpu.device())
+    stage.rotary_pos_emb = RotaryAngles(shape.head_dim, shape.rope_theta, config.params_dtype)
+    _mark_split_parameters(stage)
+    return stage.to(cpu.device())
 
 
-def _mark_split_parameters(model: GPTModel) -> None:
+def _mark_split_parameters(model: Stage) -> None:
     """Say which parameters differ between tensor-parallel ranks, so that all their shares count in the gradient norm.
 
     Megatron-Core says so only where it initialises the weights itself.
     """
-    split_axis = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
+    split_axis = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, Head: 0, RowParallelLinear: 1}
     for module in model.modules():
         if type(module) in split_axis and module.weight is not None:
             set_tensor_model_parallel_attributes(module.weight, True, split_axis[type(module)], 1)

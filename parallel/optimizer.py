@@ -1,17 +1,19 @@
 """Megatron-Core's distributed optimiser around AdamW, and its data-parallel wrapper."""
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig, ParamKey, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer import optimizer as megatron_optimizer
 
 from moexpand.parallel import cpu
+from moexpand.parallel.stage import Stage
 
 
 @dataclass(frozen=True)
@@ -24,38 +26,74 @@ class AdamSettings:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_grad: float = 1.0
+    frozen_routers: bool = False
+    """The routers' weights stay; their gradients must be zero."""
 
 
-def wrap(model: GPTModel) -> DistributedDataParallel:
-    """Data parallelism with gradient buffers in fp32 (or wider); gradients are sums, divided by the step's tokens at the end."""
-    wide = torch.promote_types(model.config.params_dtype, torch.float32) == torch.float32
-    settings = DistributedDataParallelConfig(grad_reduce_in_fp32=wide, use_distributed_optimizer=True, overlap_grad_reduce=False)
-    wrapped = DistributedDataParallel(config=model.config, ddp_config=settings, module=model)
-    model.config.no_sync_func = wrapped.no_sync
-    model.config.finalize_model_grads_func = finalize_model_grads
+def wrap(stages: Sequence[Stage], overlap: bool) -> list[DistributedDataParallel]:
+    """Data parallelism with gradient buffers in fp32 (or wider); gradients are sums, divided by the step's tokens at the end.
+
+    Args:
+        overlap: reduce gradients while the backward pass still runs, gather weights while the next forward pass runs.
+    """
+    config = stages[0].config
+    wide = torch.promote_types(config.params_dtype, torch.float32) == torch.float32
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=wide,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap,
+    )
+    wrapped = [
+        DistributedDataParallel(config=config, ddp_config=settings, module=stage, disable_bucketing=number > 0)
+        for number, stage in enumerate(stages)
+    ]
+    no_sync = [each.no_sync for each in wrapped]
+    config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
+    config.finalize_model_grads_func = finalize_model_grads
     return wrapped
 
 
-def build(wrapped: DistributedDataParallel, settings: AdamSettings) -> Any:
-    """The optimiser over all parameters, its states split over data-parallel ranks (experts: expert-data-parallel ranks)."""
-    dtype = wrapped.config.params_dtype
+@contextmanager
+def weights_settled(wrapped: Sequence[DistributedDataParallel]) -> Iterator[None]:
+    """Inside, the weights are whole on every rank: overlapped gathers of the last step have ended."""
+    waiting = [each for each in wrapped if each.ddp_config.overlap_param_gather]
+    for each in waiting:
+        each.disable_forward_pre_hook(param_sync=True)
+    try:
+        yield
+    finally:
+        for each in waiting:
+            each.enable_forward_pre_hook()
+
+
+def build(wrapped: Sequence[DistributedDataParallel], settings: AdamSettings) -> Any:
+    """The optimiser over all parameters, its states split over data-parallel ranks (experts: expert-data-parallel ranks).
+
+    Routers are a parameter group of their own, told by Megatron-Core's `is_decoupled_lr`.
+    """
+    dtype = wrapped[0].config.params_dtype
     cpu.enable()
-    cpu.name_types_as_cuda(wrapped.parameters())
+    for each in wrapped:
+        cpu.name_types_as_cuda(each.parameters())
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=0.0,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.beta1,
+        adam_beta2=settings.beta2,
+        adam_eps=settings.eps,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=True,
+        clip_grad=settings.clip_grad,
+    )
+    routers = ParamKey(name="*.mlp.router.weight")
     optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=settings.lr,
-            min_lr=0.0,
-            weight_decay=settings.weight_decay,
-            adam_beta1=settings.beta1,
-            adam_beta2=settings.beta2,
-            adam_eps=settings.eps,
-            bf16=dtype == torch.bfloat16,
-            params_dtype=dtype,
-            use_distributed_optimizer=True,
-            clip_grad=settings.clip_grad,
-        ),
-        [wrapped],
+        config,
+        list(wrapped),
+        config_overrides=get_standard_config_overrides(config) | {routers: {"is_decoupled_lr": True}},
         use_gloo_process_groups=torch.cuda.is_available(),
     )
     if dtype == torch.float64:
@@ -70,7 +108,8 @@ def apply_settings(optimizer: Any, settings: AdamSettings) -> None:
     for group in optimizer.param_groups:
         if "foreach" in group:  # torch's AdamW: one fused pass over each parameter instead of a dozen
             group["fused"], group["foreach"] = True, False
-        group["weight_decay"] = settings.weight_decay * group["wd_mult"]
+        decays = not (settings.frozen_routers and group["is_decoupled_lr"])
+        group["weight_decay"] = settings.weight_decay * group["wd_mult"] * decays
         group["betas"], group["eps"] = (settings.beta1, settings.beta2), settings.eps
 
 
@@ -100,7 +139,7 @@ def _copy_gradients(optimizer: Any) -> None:
             shard.grad = parameter.main_grad.view(-1)[held.start : held.end]
 
 
-def set_learning_rate(optimizer: Any, lr: float) -> None:
-    """Set the learning rate of all parameter groups, each times its own factor."""
+def set_learning_rate(optimizer: Any, lr: float, router_lr: float) -> None:
+    """Set the learning rates of the routers and of all other parameters."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_mult"]
+        group["lr"] = router_lr if group["is_decoupled_lr"] else lr

@@ -64,9 +64,11 @@ def start(layout: Layout, timeout_seconds: float = 600.0) -> Ranks:
         reason = str(error).splitlines()[0]
         raise EnvironmentFailure(f"The {world_size} ranks could not join within {timeout_seconds:g} s: {reason}") from error
     cpu.enable()
+    cpu.keep_freed_memory()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.interleave if layout.interleave > 1 else None,
         context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,

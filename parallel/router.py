@@ -1,9 +1,10 @@
-"""The router inside Megatron-Core: routing maths of base/routing.py, auxiliary losses, counts of what was dispatched.
+"""The router inside Megatron-Core: routing maths of base/routing.py, auxiliary losses, replay, counts of what was dispatched.
 
 Legend: T tokens of this rank, E experts, K chosen, H hidden.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,100 +12,124 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import Router
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from moexpand.base.routing import balance_loss, route
-from moexpand.parallel.shape import RouterRules
+from moexpand.base.routing import route, selection_bias_step, unpicked_shares
+from moexpand.parallel.balance import BalanceLosses, Routing
+from moexpand.parallel.replay import Routes
+from moexpand.parallel.shape import ModelShape, RouterRules
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a router hands to the layer.
+
+    Attributes:
+        weights: [T, K] in fp32 or wider.
+        chosen: int64 [T, K], columns in order of the groups.
+        shares: [T, E], for the gradient `default_vector` (`unpicked_shares`); None otherwise.
+    """
+
+    weights: torch.Tensor
+    chosen: torch.Tensor
+    shares: torch.Tensor | None
 
 
 class GroupedRouter(Router):
     """Top-(K/G) in every group, weights and gradient by `moexpand.base.routing.route`, logits in fp32 or wider.
 
-    The balance loss has the scope of one micro-batch: its tokens on all tensor- and context-parallel ranks together, padding
-    included. The gradients of a step are sums over tokens, divided by the step's unmasked tokens at the end; so an auxiliary
-    loss is multiplied by the unmasked tokens of its micro-batch and ends as the token-weighted mean over micro-batches, on
-    every layout. Which tokens are masked arrives as Megatron-Core's `padding_mask`, which travels with the hidden states through
-    recomputation and pipeline schedules.
+    Every token carries a tag, twice its number in the step's stream of micro-batches, plus one where its loss does not count.
+    Tags travel with the hidden states in the place of Megatron-Core's padding mask: through recomputation, pipeline schedules and
+    the splits of tensor and context parallelism. By them routes are recorded and replayed.
+
+    Attributes:
+        observer: outside training it is told the decoder layer, logits [T, E] and chosen experts [T, K].
+        routes: records or replays, where set.
+        statistics: a hook of the telemetry, told hidden states, logits, probabilities and choice of every training forward pass.
     """
 
-    def __init__(
-        self,
-        *,
-        config: TransformerConfig,
-        pg_collection: Any = None,
-        groups: int,
-        renormalise: bool,
-        rules: RouterRules,
-    ) -> None:
+    def __init__(self, *, config: TransformerConfig, pg_collection: Any, shape: ModelShape, rules: RouterRules) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
-        self.top_k = config.moe_router_topk
-        self.groups = groups
-        self.renormalise = renormalise
-        self.rules = rules
-        self.compact = False
+        self.shape, self.rules, self.groups = shape, rules, shape.router_n_groups
         self.observer: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None
-        """Outside training it is told the decoder layer, logits [T, E] and chosen experts [T, K]."""
-        self.register_buffer("dispatched", torch.zeros(config.num_moe_experts, dtype=torch.float64), persistent=False)
-        self.register_buffer("losses", torch.zeros(2, dtype=torch.float64), persistent=False)
+        self.routes: Routes | None = None
+        self.statistics: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None
+        self.dispatched: torch.Tensor
+        self.losses: torch.Tensor
+        self.previous: torch.Tensor
+        self.selection_bias: torch.Tensor
+        experts = shape.num_experts
+        self.register_buffer("dispatched", torch.zeros(experts, dtype=torch.float64), persistent=False)
+        self.register_buffer("losses", torch.zeros(3, dtype=torch.float64), persistent=False)
+        self.register_buffer("previous", torch.ones(experts, dtype=torch.float64))
+        self.register_buffer("selection_bias", torch.zeros(experts, dtype=torch.float32))
+        if rules.freeze:
+            # The gradient is zero instead of absent: overlapped reductions wait for every parameter's.
+            self.weight.register_hook(torch.zeros_like)
 
-    def routing(self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits [T, E] and mask [T, 1] to what the dispatcher takes (see `forward`)."""
-        rules = self.rules
-        weights_TK, chosen_TK, probabilities_TE = route(
-            logits, self.top_k, self.groups, self.renormalise, gradient=rules.gradient, temperature=rules.temperature
-        )
-        if self.training and torch.is_grad_enabled():
-            unmasked = logits.shape[0] if padding_mask is None else (~padding_mask).sum()
-            weights_TK = self._with_auxiliary_losses(weights_TK, chosen_TK, probabilities_TE, logits, unmasked)
-        if self.observer is not None and not self.training:
-            self.observer(self.layer_number - 1, logits, chosen_TK)
-        if self.compact:
-            return weights_TK, chosen_TK
-        dense_TE = torch.zeros_like(probabilities_TE).scatter(1, chosen_TK, weights_TK)
-        map_TE = torch.zeros_like(probabilities_TE, dtype=torch.bool).scatter(1, chosen_TK, True)
-        return dense_TE, map_TE
+    def set_layer_number(self, layer_number: int) -> None:
+        """Megatron-Core's number of the decoder layer, 1-based; called once after construction."""
+        super().set_layer_number(layer_number)
+        factors, rules = self.rules.layer_factors, self.rules
+        factor = factors[layer_number - 1] if factors else 1.0
+        top_k, scoring = self.shape.num_experts_per_tok, self.shape.scoring_func
+        self.balance = BalanceLosses(rules, top_k, self.groups, scoring, self.tp_cp_group, factor)
 
-    def forward(self, input: torch.Tensor, padding_mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Route hidden states.
+    @property
+    def layer(self) -> int:
+        """The decoder layer, 0-based."""
+        return self.layer_number - 1
 
-        Args:
-            input: [T, 1, H].
-            padding_mask: bool [T, 1], True where the token's loss does not count.
-
-        Returns:
-            For Megatron-Core's dispatchers weights [T, E] (zero where not chosen) and a bool map [T, E]; for ours
-            (`compact`) weights [T, K] and chosen experts int64 [T, K].
-        """
-        tokens_TH = input.flatten(0, -2)
+    def forward(self, tokens_TH: torch.Tensor, tags_T: torch.Tensor) -> Choice:
+        """Route hidden states [T, H] with their tags int64 [T]."""
+        shape, rules = self.shape, self.rules
         wide = torch.promote_types(tokens_TH.dtype, torch.float32)
-        return self.routing(torch.nn.functional.linear(tokens_TH.to(wide), self.weight.to(wide)), padding_mask)
+        logits = torch.nn.functional.linear(tokens_TH.to(wide), self.weight.to(wide))
+        replayed = None if self.routes is None else self.routes.look_up(self.layer, tags_T >> 1)
+        weights_TK, chosen_TK, probabilities_TE = route(
+            logits,
+            shape.num_experts_per_tok,
+            self.groups,
+            shape.norm_topk_prob,
+            shape.routed_scaling_factor,
+            gradient=rules.gradient,
+            temperature=rules.temperature,
+            normalised=rules.normalised,
+            scoring=shape.scoring_func,
+            bias_E=self.selection_bias if shape.selection_bias else None,
+            chosen_TK=replayed,
+        )
+        if self.routes is not None and replayed is None:
+            self.routes.note(self.layer, tags_T >> 1, chosen_TK)
+        shares_TE = None
+        if self.training and torch.is_grad_enabled():
+            routing = Routing(logits, probabilities_TE, chosen_TK, tags_T & 1 == 0)
+            weights_TK = self._with_auxiliary_losses(weights_TK, routing)
+            if rules.gradient == "default_vector":
+                shares_TE = unpicked_shares(logits, chosen_TK, shape.routed_scaling_factor, rules.temperature, shape.scoring_func)
+            if self.statistics is not None:
+                self.statistics(tokens_TH.detach(), logits.detach(), probabilities_TE.detach(), chosen_TK)
+        if self.observer is not None and not self.training:
+            self.observer(self.layer, logits, chosen_TK)
+        return Choice(weights_TK, chosen_TK, shares_TE)
 
-    def _with_auxiliary_losses(
-        self,
-        weights_TK: torch.Tensor,
-        chosen_TK: torch.Tensor,
-        probabilities_TE: torch.Tensor,
-        logits_TE: torch.Tensor,
-        unmasked: torch.Tensor | int,
-    ) -> torch.Tensor:
+    def routing(self, logits: torch.Tensor) -> torch.Tensor:
+        """Part of Megatron-Core's protocol, which this router has no use for."""
+        raise NotImplementedError
+
+    def _with_auxiliary_losses(self, weights_TK: torch.Tensor, routing: Routing) -> torch.Tensor:
         """Count what is dispatched and hang the auxiliary losses' gradients on the weights, whose values stay."""
-        local_counts_E = torch.bincount(chosen_TK.flatten(), minlength=self.num_experts)
-        sizes = torch.tensor([chosen_TK.shape[0], 0], device=chosen_TK.device)
-        sizes[1] = unmasked
-        summed = torch.cat((local_counts_E, sizes))
-        if self.tp_cp_group.size() > 1:
-            torch.distributed.all_reduce(summed, group=self.tp_cp_group)
-        counts_E, (tokens, loss_tokens) = summed[:-2].to(probabilities_TE.dtype), summed[-2:].to(probabilities_TE.dtype)
-        # Each rank holds its own tokens' share of both losses; the gradients add up over the ranks.
-        balance = balance_loss(probabilities_TE.sum(0), counts_E, tokens, self.top_k)
-        z_loss = torch.logsumexp(logits_TE, dim=-1).square().sum() / tokens
-        self.dispatched += local_counts_E
-        self.losses += torch.stack((balance, z_loss)).detach() * loss_tokens
-        rules = self.rules
-        if rules.balance_coefficient or rules.z_loss_coefficient:
-            auxiliary = rules.balance_coefficient * balance + rules.z_loss_coefficient * z_loss
-            weights_TK = MoEAuxLossAutoScaler.apply(weights_TK, auxiliary * loss_tokens)
-        return weights_TK
+        counts_E = torch.bincount(routing.chosen.flatten(), minlength=self.num_experts)
+        losses, weighted = self.balance(routing, counts_E, self.previous)
+        self.dispatched += counts_E
+        self.losses += losses
+        return weights_TK if weighted is None else MoEAuxLossAutoScaler.apply(weights_TK, weighted)
 
     def reset_statistics(self) -> None:
         """Forget counts and losses; called at the start of a step."""
         self.dispatched.zero_()
         self.losses.zero_()
+
+    def end_step(self, dispatched_E: torch.Tensor) -> None:
+        """Remember the step's load over all ranks, float64 [E], and move the selection bias against it."""
+        self.previous.copy_(dispatched_E)
+        if self.rules.bias_rate:
+            self.selection_bias += selection_bias_step(self.previous, self.groups, self.rules.bias_rate).float()

@@ -22,6 +22,10 @@ class ModelShape:
     moe_intermediate_size: int
     router_n_groups: int = 1
     norm_topk_prob: bool = True
+    scoring_func: str = "softmax"
+    routed_scaling_factor: float = 1.0
+    selection_bias: bool = False
+    """The checkpoint has a bias that is added to the scores for the choice alone."""
     rope_theta: float = 1e6
     max_position_embeddings: int = 4096
     rms_norm_eps: float = 1e-6
@@ -30,22 +34,46 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the parallel groups. The world is TP x CP x PP x DP and, for the experts, ETP x EP x PP x expert-DP."""
+    """Sizes of the parallel groups. The world is TP x CP x PP x DP and, for the experts, ETP x EP x PP x expert-DP.
+
+    Attributes:
+        interleave: parts of a pipeline stage that lie apart in the model (interleaved schedule); 1 is the plain schedule.
+        overlap: communicate while computing, where Megatron-Core can.
+    """
 
     tensor: int = 1
     pipeline: int = 1
+    interleave: int = 1
     context: int = 1
     expert: int = 1
     expert_tensor: int = 1
     dispatcher: str = "alltoall"
     recompute: str = "none"
+    overlap: bool = False
 
 
 @dataclass(frozen=True)
 class RouterRules:
-    """How the router learns: its gradient (base/routing.py) and the weights of its auxiliary losses."""
+    """How the router learns: its gradient (base/routing.py) and its auxiliary losses (parallel/balance.py).
+
+    Attributes:
+        gradient, temperature, normalised: see `moexpand.base.routing.route`.
+        default_decay: decay a step of the moving averages of `default_vector`.
+        freeze: the router's weights stay.
+        balance_coefficient, group_coefficient, z_loss_coefficient: weights of the losses of each layer.
+        scope: `micro` or `global`, see parallel/balance.py.
+        layer_factors: multiplies the three coefficients in each decoder layer; empty is 1 everywhere.
+        bias_rate: change of the selection bias a step, in units of a score; 0 leaves it.
+    """
 
     gradient: str = "topk"
     temperature: float = 1.0
+    normalised: bool = False
+    default_decay: float = 0.9
+    freeze: bool = False
     balance_coefficient: float = 0.0
+    group_coefficient: float = 0.0
     z_loss_coefficient: float = 0.0
+    scope: str = "micro"
+    layer_factors: tuple[float, ...] = ()
+    bias_rate: float = 0.0

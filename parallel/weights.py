@@ -5,15 +5,15 @@ tensor-parallel ranks; the experts of a rank lie stacked. `parts` says so piece 
 `collect` copies it out.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
 
 from moexpand.parallel.shape import ModelShape
+from moexpand.parallel.stage import Stage
 
 Reader = Callable[[str, slice | None], torch.Tensor]
 """Returns the tensor of that name, or those of its rows alone."""
@@ -53,8 +53,13 @@ def values(parameter: torch.nn.Parameter) -> torch.Tensor:
     return parameter.data
 
 
-def parts(model: GPTModel, shape: ModelShape, view: View = values) -> Iterator[Part]:
-    """Every block that this rank holds, in the order of the layers."""
+def parts(stages: Sequence[Stage], shape: ModelShape, view: View = values) -> Iterator[Part]:
+    """Every block that this rank holds, stage by stage in the order of the layers."""
+    for stage in stages:
+        yield from _stage_parts(stage, shape, view)
+
+
+def _stage_parts(model: Stage, shape: ModelShape, view: View) -> Iterator[Part]:
     hidden, vocab = shape.hidden_size, shape.vocab_size
     tp_rank, tp_size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
     vocab_rows = slice(tp_rank * vocab // tp_size, (tp_rank + 1) * vocab // tp_size)
@@ -66,6 +71,8 @@ def parts(model: GPTModel, shape: ModelShape, view: View = values) -> Iterator[P
         yield from _attention_parts(layer.self_attention, shape, f"{prefix}.self_attn", tp_rank, tp_size, view)
         yield Part(f"{prefix}.post_attention_layernorm.weight", (hidden,), view(layer.pre_mlp_layernorm.weight))
         yield Part(f"{prefix}.mlp.gate.weight", (shape.num_experts, hidden), view(layer.mlp.router.weight))
+        if shape.selection_bias and view is values:
+            yield Part(f"{prefix}.mlp.gate.e_score_correction_bias", (shape.num_experts,), layer.mlp.router.selection_bias)
         yield from _expert_parts(layer.mlp, shape, f"{prefix}.mlp.experts", view)
     if model.post_process:
         yield Part("model.norm.weight", (hidden,), view(model.decoder.final_layernorm.weight))
@@ -94,15 +101,16 @@ def _attention_parts(attention: Any, shape: ModelShape, prefix: str, tp_rank: in
 
 
 def _expert_parts(moe: Any, shape: ModelShape, prefix: str, view: View) -> Iterator[Part]:
-    inner, hidden = shape.moe_intermediate_size, shape.hidden_size
+    inner, hidden, group = shape.moe_intermediate_size, shape.hidden_size, moe.experts.tensor_group
     gate_up, down = view(moe.experts.gate_up), view(moe.experts.down)
+    own = slice(group.rank() * inner // group.size(), (group.rank() + 1) * inner // group.size())
     for local, expert in enumerate(moe.local_expert_indices):
-        yield Part(f"{prefix}.{expert}.gate_proj.weight", (inner, hidden), gate_up[local, :inner])
-        yield Part(f"{prefix}.{expert}.up_proj.weight", (inner, hidden), gate_up[local, inner:])
-        yield Part(f"{prefix}.{expert}.down_proj.weight", (hidden, inner), down[local])
+        yield Part(f"{prefix}.{expert}.gate_proj.weight", (inner, hidden), gate_up[local, 0], own)
+        yield Part(f"{prefix}.{expert}.up_proj.weight", (inner, hidden), gate_up[local, 1], own)
+        yield Part(f"{prefix}.{expert}.down_proj.weight", (hidden, inner), down[local], None, own)
 
 
-def fill(model: GPTModel, shape: ModelShape, read: Reader, order: Order = as_they_lie) -> set[str]:
+def fill(stages: Sequence[Stage], shape: ModelShape, read: Reader, order: Order = as_they_lie) -> set[str]:
     """Copy a checkpoint into this rank's parameters; each rank reads what it owns and no more.
 
     Args:
@@ -112,20 +120,20 @@ def fill(model: GPTModel, shape: ModelShape, read: Reader, order: Order = as_the
         The names that were read, for the caller to check that no tensor of the checkpoint was passed over.
     """
     names = set()
-    for part in sorted(parts(model, shape), key=lambda part: order(part.name)):
+    for part in sorted(parts(stages, shape), key=lambda part: order(part.name)):
         tensor = read(part.name, part.rows)
         part.local.copy_(tensor if part.columns is None else tensor[:, part.columns])
         names.add(part.name)
     return names
 
 
-def collect(model: GPTModel, shape: ModelShape, view: View = values) -> Iterator[tuple[str, torch.Tensor]]:
+def collect(stages: Sequence[Stage], shape: ModelShape, view: View = values) -> Iterator[tuple[str, torch.Tensor]]:
     """The checkpoint's tensors that lie whole on this rank, in a world without tensor parallelism.
 
     Tensors are views of the parameters where they lie in one piece, fresh copies otherwise.
     """
     gathered: torch.Tensor | None = None
-    for part in parts(model, shape, view):
+    for part in parts(stages, shape, view):
         if part.local.shape == part.shape:
             yield part.name, part.local
             continue

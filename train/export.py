@@ -13,7 +13,7 @@ from moexpand.conf.compose import from_yaml
 from moexpand.conf.schema import ExportCommand, TrainCommand
 from moexpand.train import checkpoints, preflight
 from moexpand.train.preflight import PLAN, Source
-from moexpand.upcycle.config_json import Config, architecture_config, lmdeploy_config
+from moexpand.upcycle.config_json import Config, architecture_config, grouped_config, lmdeploy_config, with_routing
 from moexpand.upcycle.layout import copy_side_files
 
 MISREAD_BY = "transformers, vLLM and SGLang, which run it as plain top-k without a word"
@@ -40,6 +40,10 @@ def export(command: ExportCommand, say: Callable[[str], None]) -> None:
     source = preflight.source_of(config)
     if command.format == "lmdeploy" and source.architecture.router_n_groups == 1:
         raise InputError("format=lmdeploy is for grouped models and this run's router has one group; give format=native.")
+    if command.format == "lmdeploy" and not source.architecture.routed_as_usual:
+        raise InputError(
+            "format=lmdeploy cannot carry this run's selection bias, scoring_func or routed_scaling_factor; give format=native."
+        )
     with tempfile.TemporaryDirectory() as scratch:
         side_files = Path(scratch)
         if source.checkpoint is not None:
@@ -78,4 +82,9 @@ def describe(source: Source, dtype: str, format: str) -> Config:
     """config.json of the exported folder: the source's own where there is one, with the dtype that is written."""
     config: dict[str, Any] = architecture_config(source.architecture) if source.checkpoint is None else source.checkpoint.config
     stored: Config = {name: dtype for name in ("dtype", "torch_dtype") if name in config}
+    arch = source.architecture
+    if config["model_type"] != arch.model_type:  # the run has taken up a selection bias
+        config = grouped_config(config, arch.num_experts, arch.router_n_groups)
+    if not arch.routed_as_usual:
+        config = with_routing(config, arch)
     return {**(lmdeploy_config(config) if format == "lmdeploy" else config), **stored}

@@ -12,7 +12,8 @@ import numpy as np
 
 from moexpand.base.errors import InputError
 from moexpand.base.files import write_atomic
-from moexpand.conf.check import check_layout
+from moexpand.base.routes import check_routes
+from moexpand.conf.check import check_layout, check_sequence
 from moexpand.conf.schema import LogitsCommand
 from moexpand.train.preflight import open_supported
 from moexpand.train.worker import work
@@ -20,30 +21,38 @@ from moexpand.upcycle.checkpoint import Checkpoint
 from moexpand.upcycle.logical import StoredWeights
 
 
-def check(config: LogitsCommand, world_size: int) -> tuple[Checkpoint, np.ndarray]:
-    """Open checkpoint and tokens and check that they fit; nothing here imports torch.
+def check(config: LogitsCommand, world_size: int) -> tuple[Checkpoint, np.ndarray, np.ndarray | None]:
+    """Open checkpoint, tokens and routes and check that they fit; nothing here imports torch.
 
     Returns:
-        The checkpoint and the tokens, int64 [B, S].
+        The checkpoint, the tokens int64 [B, S], and routes to replay, [B, S, layers, K].
     """
     checkpoint = open_supported(config.checkpoint)
     check_layout(config.parallel, checkpoint.architecture, world_size, "processes")
     tokens = _read_tokens(Path(config.tokens), checkpoint.architecture.vocab_size)
-    if tokens.shape[1] % config.parallel.tensor:
-        raise InputError(
-            f"Sequences of {tokens.shape[1]} tokens cannot be split over parallel.tensor={config.parallel.tensor} ranks; "
-            "cut or pad them to a multiple."
-        )
-    return checkpoint, tokens
+    check_sequence(f"the length of the sequences in {config.tokens}", tokens.shape[1], config.parallel)
+    if config.routes is None:
+        return checkpoint, tokens, None
+    routes, arch = _read_array("routes", Path(config.routes)), checkpoint.architecture
+    shape = (*tokens.shape, arch.num_hidden_layers, arch.num_experts_per_tok)
+    check_routes(routes, shape, arch.num_experts, arch.router_n_groups, f"routes={config.routes}")
+    return checkpoint, tokens, routes
+
+
+def _read_array(key: str, path: Path) -> np.ndarray:
+    try:
+        array = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise InputError(f"{key}={path} does not exist; a .npy file of whole numbers is needed.") from None
+    except (ValueError, OSError, EOFError) as error:
+        raise InputError(f"{key}={path} is not a .npy file: {error}.") from None
+    if not isinstance(array, np.ndarray):
+        raise InputError(f"{key}={path} is an .npz archive; a .npy file of whole numbers is needed.")
+    return array
 
 
 def _read_tokens(path: Path, vocab_size: int) -> np.ndarray:
-    try:
-        tokens = np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise InputError(f"tokens={path} does not exist; an int64 .npy file [B, S] is needed.") from None
-    except (ValueError, OSError, EOFError) as error:
-        raise InputError(f"tokens={path} is not a .npy file: {error}.") from None
+    tokens = _read_array("tokens", path)
     if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or not tokens.size:
         raise InputError(f"tokens={path} holds {tokens.dtype} {list(tokens.shape)}; int64 [B, S] is needed.")
     if tokens.min() < 0 or tokens.max() >= vocab_size:
@@ -53,7 +62,7 @@ def _read_tokens(path: Path, vocab_size: int) -> np.ndarray:
 
 def run_worker(config: LogitsCommand) -> None:
     """Compute the logits, one sequence after the other, and write them on the rank that holds them."""
-    checkpoint, tokens = check(config, int(os.environ.get("WORLD_SIZE", "1")))
+    checkpoint, tokens, routes = check(config, int(os.environ.get("WORLD_SIZE", "1")))
     import torch
 
     from moexpand.parallel import cpu, ranks
@@ -68,13 +77,19 @@ def run_worker(config: LogitsCommand) -> None:
     engine = Engine(shape_of(checkpoint.architecture), layout, RouterRules(), config.precision.name, here)
     weights.load(engine, StoredWeights(checkpoint))
     batches = [PackedBatch.from_sequences(torch.from_numpy(row[None]).to(cpu.device())) for row in tokens]
-    outputs = engine.logits(batches)
+    outputs, recorded = engine.logits(batches, None if routes is None else list(routes), record=config.routes_out is not None)
+    if recorded is not None and config.routes_out is not None and here.main:
+        _write(Path(config.routes_out), np.stack(recorded))
     if outputs and here.data_rank == 0 and here.tensor_rank == 0:
-        content = io.BytesIO()
-        np.save(content, torch.stack(outputs).float().cpu().numpy())
-        write_atomic(Path(config.out), content.getbuffer())
+        _write(Path(config.out), torch.stack(outputs).float().cpu().numpy())
     ranks.barrier()
     ranks.stop()
+
+
+def _write(path: Path, array: np.ndarray) -> None:
+    content = io.BytesIO()
+    np.save(content, array)
+    write_atomic(path, content.getbuffer())
 
 
 def result_folder(config: LogitsCommand) -> Path:

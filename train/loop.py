@@ -21,8 +21,9 @@ from moexpand.train.evaluation import HeldOut
 from moexpand.train.metrics import console_line, step_row
 from moexpand.train.preflight import PLAN, Source
 from moexpand.train.records import Records
-from moexpand.train.schedules import learning_rate
+from moexpand.train.schedules import learning_rate, router_multiplier
 from moexpand.train.signals import StopRequest
+from moexpand.train.telemetry import Telemetry
 from moexpand.upcycle.plan import row_per_line
 
 
@@ -45,6 +46,7 @@ def train(config: TrainCommand, source: Source, data: PackedData, here: ranks.Ra
                 write_atomic(run / PLAN, row_per_line(source.plan.to_json()))
         for note in notes:
             display.say(note)
+        telemetry = Telemetry(config.track, source, engine)
 
         def evaluate() -> None:
             if held_out is None or (progress.step % config.evaluate.every and progress.step != steps):
@@ -62,9 +64,11 @@ def train(config: TrainCommand, source: Source, data: PackedData, here: ranks.Ra
             _tell_bad_samples(data, told, display.say if here.main else print)
             waited = time.perf_counter() - began
             lr = learning_rate(config.optim, progress.step, steps)
-            report = engine.step(batches, lr)
+            router_lr = lr * router_multiplier(config.router, progress.step)
+            report = engine.step(batches, lr, router_lr, watch=telemetry.watch(progress.step + 1))
             progress = replace(progress, step=progress.step + 1, tokens=progress.tokens + report.tokens)
-            row = step_row(report, progress, lr, time.perf_counter() - began, waited, source.architecture.router_n_groups)
+            seconds, groups = time.perf_counter() - began, source.architecture.router_n_groups
+            row = step_row(report, progress, lr, router_lr, seconds, waited, groups) | telemetry.row(progress.step, report)
             records.step(row)
             display.say(console_line(row, steps))
             display.advance(progress.step, f"loss {report.loss:.4f}")
@@ -96,14 +100,15 @@ def _start(config: TrainCommand, source: Source, data: PackedData, here: ranks.R
     fixed, noted = setup.fixed_settings(config, source, data), setup.noted_settings(config)
     folder, notes = checkpoints.choose(Path(config.run.dir), config.run.resume, here)
     engine = setup.build_engine(config, source, here)
+    notes += setup.layout_notes(config, source)
     if folder is None:
         setup.fill(engine, source, config.seed)
         notes += setup.rounded_routers(config, source)
-        engine.prepare_training(setup.adam_of(config.optim))
+        engine.prepare_training(setup.adam_of(config.optim, config.router))
         return engine, Progress(0, 0, fixed, noted, ranks.broadcast(checkpoints.new_identity())), notes
     progress = checkpoints.read_progress(folder)
     notes += checkpoints.compare(progress, fixed, noted, folder)
-    engine.prepare_training(setup.adam_of(config.optim))
+    engine.prepare_training(setup.adam_of(config.optim, config.router))
     checkpoint.load(engine, folder)
     notes.append(f"going on from {folder} (step {progress.step} of {config.train.steps})")
     return engine, replace(progress, noted=noted), notes

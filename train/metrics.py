@@ -22,7 +22,7 @@ def load_metrics(dispatched: torch.Tensor, groups: int) -> dict[str, float]:
     """Load over the experts of [layers, experts] counts, averaged over the layers.
 
     * `load_cv`: standard deviation over mean; `group_load_cv`: inside groups.
-    * `load_max`: largest over mean.
+    * `load_max`: largest over mean; `group_load_max`: over the mean of the group (the worst of a layer).
     * `load_entropy`: entropy of the load over its largest possible value, 1 when uniform.
     * `dead_experts`: fraction of experts without a token.
     """
@@ -35,14 +35,30 @@ def load_metrics(dispatched: torch.Tensor, groups: int) -> dict[str, float]:
     return {
         "moe/load_cv": float((dispatched.std(1, unbiased=False) / mean[:, 0]).mean()),
         "moe/group_load_cv": float((grouped.std(2, unbiased=False) / group_mean[..., 0]).mean()),
+        "moe/group_load_max": float((grouped.amax(2) / group_mean[..., 0]).amax(1).mean()),
         "moe/load_max": float((dispatched.amax(1) / mean[:, 0]).mean()),
         "moe/load_entropy": float(entropy.mean()),
         "moe/dead_experts": float((dispatched == 0).double().mean()),
     }
 
 
+def rank_metrics(rank_rows: torch.Tensor) -> dict[str, float]:
+    """Spread of the rows that the ranks' experts computed in a step: standard deviation, and largest, over the mean."""
+    mean = rank_rows.mean().clamp(min=1e-12)
+    return {
+        "moe/rank_rows_cv": float(rank_rows.std(unbiased=False) / mean),
+        "moe/rank_rows_max": float(rank_rows.max() / mean),
+    }
+
+
 def step_row(
-    report: StepReport, progress: Progress, lr: float, seconds: float, data_seconds: float, groups: int
+    report: StepReport,
+    progress: Progress,
+    lr: float,
+    router_lr: float,
+    seconds: float,
+    data_seconds: float,
+    groups: int,
 ) -> dict[str, Any]:
     """One step's row of metrics.jsonl, numbers in full precision.
 
@@ -57,12 +73,15 @@ def step_row(
         "loss": report.loss,
         "grad_norm": report.grad_norm,
         "lr": lr,
+        "router_lr": router_lr,
         "tokens_per_second": report.tokens / seconds,
         "seconds": seconds,
         "data_seconds": data_seconds,
         "skipped": int(report.skipped),
         "moe/balance_loss": float(report.balance.mean()),
+        **({"moe/group_balance_loss": float(report.group_balance.mean())} if report.group_balance.any() else {}),
         "moe/z_loss": float(report.z_loss.mean()),
+        **rank_metrics(report.rank_rows),
         **load_metrics(report.dispatched, groups),
     }
 

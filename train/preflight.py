@@ -1,6 +1,7 @@
 """Everything about a run that can be known to be wrong before a process starts; nothing here imports torch."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 
 from moexpand.base.errors import InputError
@@ -8,7 +9,8 @@ from moexpand.conf.check import check_train
 from moexpand.conf.schema import TrainCommand
 from moexpand.data.loader import PackedData
 from moexpand.upcycle.architecture import Architecture
-from moexpand.upcycle.checkpoint import Checkpoint, open_checkpoint
+from moexpand.upcycle.checkpoint import EXPANSION, Checkpoint, open_checkpoint
+from moexpand.upcycle.families import family_of
 from moexpand.upcycle.logical import ExpandedWeights, StoredWeights, Weights, unsupported
 from moexpand.upcycle.plan import Plan, read_plan
 from moexpand.upcycle.planner import check_map
@@ -27,6 +29,14 @@ class Source:
     plan: Plan | None = None
     """By which a parent is expanded while it is loaded."""
 
+    @cached_property
+    def expansion(self) -> Plan | None:
+        """By which the model was made of a parent, here or when the checkpoint was written."""
+        if self.plan is not None or self.checkpoint is None:
+            return self.plan
+        file = self.checkpoint.folder / EXPANSION
+        return read_plan(file) if file.is_file() else None
+
     @property
     def new_vocabulary(self) -> bool:
         """Whether the model has another vocabulary than the folder that its weights come from."""
@@ -38,19 +48,26 @@ def source_of(config: TrainCommand) -> Source:
     if config.checkpoint is not None:
         checkpoint = open_supported(config.checkpoint)
         if config.expand is None:
-            return Source(checkpoint.architecture, StoredWeights(checkpoint))
+            return Source(_as_trained(checkpoint.architecture, config), StoredWeights(checkpoint))
         own = Path(config.run.dir) / PLAN
         file = Path(config.expand) if Path(config.expand).exists() or not own.exists() else own
         plan = read_plan(file)
         expanded = ExpandedWeights(Recipe(checkpoint, plan, str(file)))
         if not own.exists() or read_plan(own) != plan:  # a map of the run's own was checked before it was copied
             check_map(checkpoint, plan, str(file))
-        return Source(expanded.architecture, expanded, plan)
+        return Source(_as_trained(expanded.architecture, config), expanded, plan)
     if config.expand is not None:
         raise InputError(f"expand={config.expand} is the plan for a parent; give its folder as checkpoint=FOLDER.")
-    model_type = "qwen3_moe_grouped" if config.model.router_n_groups > 1 else "qwen3_moe"
     sizes = {field.name: getattr(config.model, field.name) for field in fields(config.model)}
-    return Source(Architecture(model_type=model_type, **sizes), None)
+    return Source(_as_trained(Architecture(**sizes), config), None)
+
+
+def _as_trained(architecture: Architecture, config: TrainCommand) -> Architecture:
+    """The architecture with what the run adds: a selection bias, and a type of its own where its routing needs one."""
+    architecture = replace(architecture, selection_bias=architecture.selection_bias or config.balance.selection_bias)
+    if architecture.router_n_groups > 1 or not architecture.routed_as_usual:
+        architecture = replace(architecture, model_type=family_of(architecture.model_type).child)
+    return architecture
 
 
 def open_supported(folder: str) -> Checkpoint:

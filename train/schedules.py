@@ -2,7 +2,7 @@
 
 import math
 
-from moexpand.conf.schema import Optim
+from moexpand.conf.schema import Optim, Router
 
 
 def learning_rate(optim: Optim, step: int, steps: int) -> float:
@@ -21,3 +21,13 @@ def learning_rate(optim: Optim, step: int, steps: int) -> float:
         remaining = min(1.0, (steps - step) / (optim.decay_steps + 1))
         return optim.min_lr + span * remaining
     return optim.lr
+
+
+def router_multiplier(router: Router, step: int) -> float:
+    """Learning rate of the routers over that of all else at step `step` (0-based): `lr_multiplier` after a linear warm-up.
+
+    0 where the routers are frozen.
+    """
+    if router.freeze:
+        return 0.0
+    return router.lr_multiplier * min(1.0, (step + 1) / max(1, router.warmup_steps))

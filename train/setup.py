@@ -3,7 +3,8 @@
 from dataclasses import asdict, fields
 from typing import Any
 
-from moexpand.conf.schema import Optim, Parallel, TrainCommand
+from moexpand.conf.layers import layer_factors
+from moexpand.conf.schema import Optim, Parallel, Router, TrainCommand
 from moexpand.data.loader import PackedData
 from moexpand.parallel.engine import Engine
 from moexpand.parallel.optimizer import AdamSettings
@@ -26,8 +27,26 @@ def layout_of(parallel: Parallel) -> Layout:
 
 def build_engine(config: TrainCommand, source: Source, here: Ranks) -> Engine:
     """An engine whose weights are not filled yet."""
-    rules = RouterRules(config.router.gradient, config.router.temperature, config.balance.coefficient, config.balance.z_loss)
-    return Engine(shape_of(source.architecture), layout_of(config.parallel), rules, config.precision.name, here)
+    shape = shape_of(source.architecture)
+    return Engine(shape, layout_of(config.parallel), rules_of(config, shape.num_hidden_layers), config.precision.name, here)
+
+
+def rules_of(config: TrainCommand, layers: int) -> RouterRules:
+    """How the routers learn."""
+    router, balance = config.router, config.balance
+    return RouterRules(
+        gradient=router.gradient,
+        temperature=router.temperature,
+        normalised=router.normalised,
+        default_decay=router.default_decay,
+        freeze=router.freeze,
+        balance_coefficient=balance.coefficient,
+        group_coefficient=balance.group_coefficient,
+        z_loss_coefficient=balance.z_loss,
+        scope=balance.scope,
+        layer_factors=layer_factors("balance.layers", balance.layers, layers),
+        bias_rate=balance.bias_rate,
+    )
 
 
 def fill(engine: Engine, source: Source, seed: int) -> None:
@@ -50,9 +69,21 @@ def rounded_routers(config: TrainCommand, source: Source) -> list[str]:
     return ["WARNING: the routers are stored in float32 and precision=bf16 rounds them: noise below 0.002 of a row's RMS is lost"]
 
 
-def adam_of(optim: Optim) -> AdamSettings:
+def adam_of(optim: Optim, router: Router) -> AdamSettings:
     """The engine's optimiser settings."""
-    return AdamSettings(**{field.name: getattr(optim, field.name) for field in fields(AdamSettings)})
+    shared = {field.name: getattr(optim, field.name) for field in fields(AdamSettings) if hasattr(optim, field.name)}
+    return AdamSettings(**shared, frozen_routers=router.freeze)
+
+
+def layout_notes(config: TrainCommand, source: Source) -> list[str]:
+    """A line when the experts' ranks do not hold whole groups, so that grouped routing does not balance them by itself."""
+    groups, expert = source.architecture.router_n_groups, config.parallel.expert
+    if groups == 1 or groups % expert == 0:
+        return []
+    return [
+        f"note: parallel.expert={expert} does not divide the {groups} groups: every group still gets as many tokens, but "
+        "a rank's share of its group depends on the routing"
+    ]
 
 
 def fixed_settings(config: TrainCommand, source: Source, data: PackedData) -> dict[str, Any]:

@@ -27,6 +27,12 @@ class Architecture:
     mlp_only_layers: tuple[int, ...] = ()
     """... but these."""
     norm_topk_prob: bool = True
+    scoring_func: str = "softmax"
+    """What makes scores of the router's logits: `softmax` over all experts, or `sigmoid`."""
+    routed_scaling_factor: float = 1.0
+    """Multiplies the weights of the chosen experts."""
+    selection_bias: bool = False
+    """Every router has a bias that is added to the scores for the choice alone."""
     rope_theta: float = 1e6
     rope_type: str = "default"
     """`default` is plain rotary embedding; another name needs a forward pass that knows it."""
@@ -38,6 +44,11 @@ class Architecture:
     initializer_range: float = 0.02
     dtype: str = "float32"
     """Name of the torch dtype that the weights are meant for."""
+
+    @property
+    def routed_as_usual(self) -> bool:
+        """Whether scores and weights are those that every engine computes for these models (groups aside)."""
+        return self.scoring_func == "softmax" and self.routed_scaling_factor == 1.0 and not self.selection_bias
 
     @property
     def moe_layers(self) -> list[int]:
@@ -63,6 +74,8 @@ def check_architecture(arch: Architecture, where: str) -> None:
         )
     if arch.num_experts_per_tok > arch.num_experts:
         raise InputError(f"{where}: top-{arch.num_experts_per_tok} of {arch.num_experts} experts is impossible.")
+    if arch.scoring_func not in ("softmax", "sigmoid"):
+        raise InputError(f"{where}: scoring_func={arch.scoring_func!r} is neither softmax nor sigmoid.")
     if not arch.moe_layers:
         raise InputError(f"{where}: mlp_only_layers and decoder_sparse_step leave no layer with experts.")
     if len(arch.moe_layers) < arch.num_hidden_layers and not arch.intermediate_size:

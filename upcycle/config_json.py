@@ -13,6 +13,9 @@ from moexpand.upcycle.families import FAMILIES, family_of
 from moexpand.upcycle.family import Config, Family
 from moexpand.upcycle.tensors import BLOCK
 
+ROUTING: Config = {"scoring_func": "softmax", "routed_scaling_factor": 1.0, "router_selection_bias": False}
+"""Keys of config.json that say how a router of ours scores, and what their absence means."""
+
 
 def text_config(config: Config, family: Family, where: str = "config.json") -> Config:
     """The part of a config.json that describes the decoder."""
@@ -37,6 +40,7 @@ def read_architecture(config: Config, where: str = "config.json") -> Architectur
     family = family_of(config.get("model_type"), where)
     text = text_config(config, family, where)
     _refuse_variants(text, where)
+    _refuse_routing(text, family, where)
     _check_quantisation(config, where)
     rope = {"rope_theta": text.get("rope_theta")} | (text.get("rope_scaling") or {}) | (text.get("rope_parameters") or {})
     heads = _size(text, "num_attention_heads", where)
@@ -58,6 +62,9 @@ def read_architecture(config: Config, where: str = "config.json") -> Architectur
         mlp_only_layers=_layers(text, where),
         # transformers' defaults, for keys that a config may leave out
         norm_topk_prob=bool(text.get("norm_topk_prob", family.norm_topk_prob)),
+        scoring_func=str(text.get("scoring_func") or "softmax"),
+        routed_scaling_factor=_number(text, "routed_scaling_factor", 1.0, where),
+        selection_bias=bool(text.get("router_selection_bias", False)),
         rope_theta=_number(rope, "rope_theta", 10_000.0, where),
         rope_type=str(rope.get("rope_type", rope.get("type", "default"))),
         sliding_window=text.get("sliding_window") if text.get("use_sliding_window") else None,
@@ -119,7 +126,16 @@ def architecture_config(arch: Architecture) -> Config:
         "use_sliding_window": False,
         "vocab_size": arch.vocab_size,
     }
-    return grouped_config(config, arch.num_experts, arch.router_n_groups) if arch.router_n_groups > 1 else config
+    if not family_of(arch.model_type).own_routing:
+        return config
+    return with_routing(grouped_config(config, arch.num_experts, arch.router_n_groups), arch)
+
+
+def with_routing(config: Config, arch: Architecture) -> Config:
+    """config.json of a grouped model with the architecture's way of routing, as far as it is not the usual one."""
+    said = (arch.scoring_func, arch.routed_scaling_factor, arch.selection_bias)
+    changed = {key: value for (key, usual), value in zip(ROUTING.items(), said, strict=True) if value != usual}
+    return {key: value for key, value in config.items() if key not in ROUTING} | changed
 
 
 def grouped_config(config: Config, num_experts: int, groups: int) -> Config:
@@ -208,6 +224,13 @@ def _refuse_variants(config: Config, where: str) -> None:
     for key, usual in (("attention_bias", False), ("hidden_act", "silu")):
         if config.get(key) not in (None, usual):
             raise InputError(f"{where} has {key}={config[key]!r}; only {usual!r} is supported.")
+
+
+def _refuse_routing(config: Config, family: Family, where: str) -> None:
+    """Routing that the family's model code would pass over in silence."""
+    for key, usual in ROUTING.items():
+        if not family.own_routing and config.get(key) not in (None, usual):
+            raise InputError(f"{where} has {key}={config[key]!r}, which model_type={family.model_type} does not honour.")
 
 
 def _check_quantisation(config: Config, where: str) -> None:

@@ -71,6 +71,10 @@ class Family:
     )
     """Of a layer without experts."""
     router: str = "mlp.gate.weight"
+    selection_bias: str = "mlp.gate.e_score_correction_bias"
+    """Vector [E], in fp32, of models whose architecture has a selection bias."""
+    own_routing: bool = False
+    """The family's model code honours `scoring_func`, `routed_scaling_factor` and `router_selection_bias` of config.json."""
     experts_layout: str = SPLIT
     """Layout of the released files."""
     transposed: bool = False
@@ -97,6 +101,10 @@ class Family:
     def router_name(self, layer: int) -> str:
         """Name of the router's rows [E, H] of a layer."""
         return self.layer_name(layer, self.router)
+
+    def selection_bias_name(self, layer: int) -> str:
+        """Name of the router's selection bias [E] of a layer."""
+        return self.layer_name(layer, self.selection_bias)
 
     def expert_name(self, layer: int, expert: int, matrix: str) -> str:
         """Name of a matrix of an expert in a split file."""

@@ -95,6 +95,11 @@ def check_calibration(parent: Checkpoint, name: str, calibration: Calibration | 
 def _check_sizes(parent: Checkpoint, wishes: Wishes) -> None:
     """The numbers of experts and groups suit the parent, the placement and each other."""
     arch = parent.architecture
+    if not arch.routed_as_usual:
+        raise InputError(
+            f"{parent.folder} routes with a selection bias, scoring_func or routed_scaling_factor of its own; only parents with "
+            "plain softmax routing are expanded."
+        )
     if wishes.num_experts < arch.num_experts:
         raise InputError(f"num_experts={wishes.num_experts} is less than the parent's {arch.num_experts}; no expert may be lost.")
     grouped = arch.router_n_groups > 1

@@ -88,6 +88,8 @@ def stored_tensors(
             add(family.layer_name(layer, name), axes)
         if layer in moe_layers:
             add(family.router_name(layer), "E H")
+            if arch.selection_bias:
+                add(family.selection_bias_name(layer), "E")
             found |= _expert_tensors(arch, family, layer, layout, quantised, transposed)
         else:
             for name, axes in family.dense.items():

@@ -40,6 +40,10 @@ def refused(world_size: int, *overrides: str) -> str:
         (1, ["optim.warmup_steps=50", "optim.decay_steps=50"]),
         (1, ["optim.schedule=cosine", "optim.decay_steps=100", "optim.warmup_steps=9"]),
         (2, ["parallel.tensor=2"]),
+        (2, ["parallel.context=2"]),
+        (4, ["parallel.expert_tensor=2", "parallel.expert=2"]),
+        (2, ["parallel=pp2", "parallel.interleave=2"]),
+        (1, ["balance.selection_bias=true", "balance.bias_rate=1e-3", "balance.layers=[0-1x4,3x0.5]"]),
     ],
 )
 def test_layouts_that_work_pass(world_size: int, overrides: list[str]) -> None:
@@ -69,8 +73,34 @@ def test_layouts_that_work_pass(world_size: int, overrides: list[str]) -> None:
         (1, ["model.num_key_value_heads=3"], "num_attention_heads=4 is not a multiple of num_key_value_heads=3"),
         (2, ["parallel=tp2_ep2", "model.vocab_size=8449"], "vocab_size=8449 is not a multiple of parallel.tensor=2"),
         (2, ["parallel=tp2_ep2", "train.seq_length=255"], "train.seq_length=255 is not a multiple of parallel.tensor=2"),
-        (2, ["parallel.context=2"], "context parallelism is not proven yet"),
-        (2, ["parallel.expert_tensor=2"], "tensor parallelism inside experts is not proven yet"),
+        (
+            2,
+            ["parallel.context=2", "train.seq_length=1026"],
+            "train.seq_length=1026 is not a multiple of 2 x parallel.context=2 x parallel.tensor=1, over which the tokens are split "
+            "evenly; choose 1024 or 1028.",
+        ),
+        (5, ["parallel.expert_tensor=5"], "moe_intermediate_size=48 is not a multiple of parallel.expert_tensor=5"),
+        (1, ["parallel.interleave=2"], "parallel.interleave=2 cuts pipeline stages in parts and parallel.pipeline=1"),
+        (
+            2,
+            ["parallel=pp2", "parallel.interleave=4"],
+            "num_hidden_layers=4 is not a multiple of parallel.pipeline=2 x parallel.interleave=4, and every stage",
+        ),
+        (
+            2,
+            ["parallel=pp2", "parallel.interleave=2", "train.global_batch=3"],
+            "a data-parallel rank has 3 a step; choose train.global_batch=2 or a multiple.",
+        ),
+        (1, ["balance.bias_rate=1e-3"], "balance.bias_rate=0.001 moves a selection bias; give balance.selection_bias=true"),
+        (1, ["router.warmup_steps=101"], "router.warmup_steps=101 is more than train.steps=100"),
+        (1, ["balance.layers=[4x2]"], "balance.layers holds '4x2' and the layers of this model are 0 to 3."),
+        (1, ["balance.layers=[0-2x2,1x3]"], "balance.layers names layer 1 twice."),
+        (1, ["balance.layers=[one]"], "balance.layers holds 'one'; write LAYERxFACTOR or FIRST-LASTxFACTOR"),
+        (
+            1,
+            ["model.scoring_func=sigmoid", "model.norm_topk_prob=false"],
+            "router.gradient=ste moves experts against each other, and scoring_func=sigmoid without norm_topk_prob",
+        ),
         (2, ["parallel=ep2", "parallel.dispatcher=grouped_allgather"], "the model has router_n_groups=1"),
         (
             8,

@@ -126,11 +126,20 @@ class Row:
     dispatched: list[list[float]]
 
 
-def train(built: Any, first: int, last: int, lr: float = 1e-3) -> list[Row]:
-    """Steps first ... last - 1."""
-    rows = []
+Recording = list[list[np.ndarray]]
+"""Routes of every step and every micro-batch of its global batch."""
+
+
+def train(
+    built: Any, first: int, last: int, lr: float = 1e-3, replay: Recording | None = None, record: Recording | None = None
+) -> list[Row]:
+    """Steps first ... last - 1, with given routes, or adding to `record` those of this data rank."""
+    rows, data = [], slice(built.ranks.data_rank, None, built.ranks.data_size)
     for step in range(first, last):
-        report = built.step(device_batches(built, step), lr)
+        routes = None if replay is None else replay[step][data]
+        report = built.step(device_batches(built, step), lr, routes=routes, record=record is not None)
+        if record is not None:
+            record.append(report.routes)
         numbers = (report.balance.tolist(), report.z_loss.tolist(), report.dispatched.tolist())
         rows.append(Row(report.loss, report.grad_norm, report.tokens, *numbers))
     return rows
@@ -145,6 +154,7 @@ class Job:
     rules: dict[str, Any]
     precision: str = "fp32"
     steps: int = 20
+    replay: Recording | None = None
 
 
 def curves(jobs: list[Job]) -> list[list[Row]]:
@@ -152,8 +162,15 @@ def curves(jobs: list[Job]) -> list[list[Row]]:
     found = []
     for job in jobs:
         with engine(job.folder, job.layout, job.rules, job.precision) as built:
-            found.append(train(prepare(built), 0, job.steps))
+            found.append(train(prepare(built), 0, job.steps, replay=job.replay))
     return found
+
+
+def recorded_curve(job: Job) -> tuple[list[Row], Recording]:
+    """A curve on one rank and its routes."""
+    record: Recording = []
+    with engine(job.folder, job.layout, job.rules, job.precision) as built:
+        return train(prepare(built), 0, job.steps, record=record), record
 
 
 def logits(jobs: list[tuple[Path, dict[str, Any]]], tokens_BS: np.ndarray, precision: str = "fp32") -> list[Any]:
@@ -164,7 +181,7 @@ def logits(jobs: list[tuple[Path, dict[str, Any]]], tokens_BS: np.ndarray, preci
     for folder, layout in jobs:
         with engine(folder, layout, {}, precision) as built:
             order = np.roll(np.arange(len(tokens_BS)), built.ranks.data_rank)
-            outputs = built.logits([PackedBatch.from_sequences(torch.from_numpy(tokens_BS[[row]])) for row in order])
+            outputs, _ = built.logits([PackedBatch.from_sequences(torch.from_numpy(tokens_BS[[row]])) for row in order])
             if built.ranks.last_stage:
                 found.append(np.stack([each.numpy() for each in outputs])[np.argsort(order)])
             else:
@@ -177,8 +194,51 @@ def gradients(built: Any, arrays: list[Any]) -> tuple[dict[str, np.ndarray], Any
     from moexpand.parallel import weights
 
     report = built.step(on_device(arrays), 0.0)
-    found = weights.collect(built.model, built.shape, lambda parameter: parameter.main_grad)
+    found = weights.collect(built.stages, built.shape, lambda parameter: parameter.main_grad)
     return {name: value.clone().numpy() for name, value in found}, report
+
+
+Block = tuple[str, tuple[int, ...], slice | None, slice | None, np.ndarray]
+"""A part of a tensor's gradient: name, shape of the whole, rows, columns, values (NaN where another rank holds them)."""
+
+
+def gradient_blocks(jobs: list[Job]) -> list[tuple[list[Block], Row]]:
+    """This rank's parts of all gradients of one step, and what the step reported."""
+    return [_gradient_blocks(job) for job in jobs]
+
+
+def _gradient_blocks(job: Job) -> tuple[list[Block], Row]:
+    from moexpand.parallel import weights
+
+    with engine(job.folder, job.layout, job.rules, job.precision) as built:
+        prepare(built, clip_grad=0.0, weight_decay=0.0)
+        (row,) = train(built, 0, 1, lr=0.0, replay=job.replay)
+
+        def held(parameter: Any) -> torch.Tensor:
+            """The gradient where this data-parallel rank's share of it lies."""
+            found = torch.full_like(parameter.main_grad, torch.nan)
+            for part in built.optimizer.chained_optimizers:
+                if parameter in part.model_param_gbuf_map:
+                    span = part._get_model_param_range_map(parameter)["param"]
+                    own = slice(span.start, span.end)
+                    found.view(-1)[own] = parameter.main_grad.view(-1)[own]
+            return found
+
+        return [
+            (part.name, part.shape, part.rows, part.columns, part.local.clone().numpy())
+            for part in weights.parts(built.stages, built.shape, held)
+        ], row
+
+
+def merged(ranks: list[list[Block]]) -> dict[str, np.ndarray]:
+    """Whole gradients by name from all ranks' parts; what no rank holds stays NaN."""
+    found: dict[str, np.ndarray] = {}
+    for blocks in ranks:
+        for name, shape, rows, columns, values in blocks:
+            whole = found.setdefault(name, np.full(shape, np.nan, values.dtype))
+            place = whole[rows or slice(None)] if columns is None else whole[rows or slice(None), columns]
+            np.copyto(place, values, where=~np.isnan(values))
+    return found
 
 
 def relative(found: np.ndarray, due: np.ndarray) -> float:

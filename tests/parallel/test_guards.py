@@ -21,7 +21,7 @@ def test_a_poisoned_step_is_skipped_and_the_run_goes_on_as_if_it_had_not_been(pa
     with runs.engine(parent, {}, {"gradient": "ste"}) as built:
         runs.prepare(built)
         found = runs.train(built, 0, 2)
-        before, norm = _weights(built), built.model.decoder.final_layernorm.weight
+        before, norm = _weights(built), built.stages[-1].decoder.final_layernorm.weight
         kept = norm.data.clone()
         norm.data[0] = poison
         report = built.step(runs.device_batches(built, 2), 1e-3)

@@ -57,13 +57,13 @@ def _fill(engine: Any, weights: Weights) -> dict[str, str]:
     from moexpand.train.weights import load
 
     with torch.no_grad():
-        for parameter in engine.model.parameters():
+        for parameter in engine.stages[0].parameters():
             parameter.fill_(float("nan"))
     load(engine, weights)
-    assert not any(parameter.isnan().any() for parameter in engine.model.parameters())
+    assert not any(parameter.isnan().any() for parameter in engine.stages[0].parameters())
     return {
         name: hashlib.sha256(stacks.bits(parameter.detach().contiguous()).numpy().tobytes()).hexdigest()
-        for name, parameter in engine.model.named_parameters()
+        for name, parameter in engine.stages[0].named_parameters()
     }
 
 

@@ -26,6 +26,7 @@ def test_load_figures_of_two_layers_by_hand() -> None:
     counts = torch.tensor([[8, 0, 0, 0], [3, 1, 2, 2]], dtype=torch.float64)
     found = load_metrics(counts, groups=2)
     assert found["moe/load_max"] == pytest.approx((4 + 1.5) / 2)
+    assert found["moe/group_load_max"] == pytest.approx((2 + 1.5) / 2)
     assert found["moe/load_cv"] == pytest.approx((math.sqrt(3) + math.sqrt(0.5) / 2) / 2)
     # Group figures: layer 0 has (4 +- 4) / 4 = 1 and an empty group; layer 1 has (2 +- 1) / 2 = 0.5 and 0.
     assert found["moe/group_load_cv"] == pytest.approx((1 + 0 + 0.5 + 0) / 4)
@@ -46,13 +47,16 @@ def test_a_row_holds_what_others_read_and_the_line_what_people_read() -> None:
         skipped=True,
         dispatched=torch.ones(2, 4, dtype=torch.float64),
         balance=torch.tensor([1.0, 2.0], dtype=torch.float64),
+        group_balance=torch.tensor([1.0, 3.0], dtype=torch.float64),
         z_loss=torch.tensor([4.0, 6.0], dtype=torch.float64),
+        rank_rows=torch.tensor([30.0, 10.0], dtype=torch.float64),
     )
     progress = Progress(step=7, tokens=123, fixed={}, noted={}, wandb_id="")
-    row = json.loads(json.dumps(step_row(report, progress, lr=1e-3, seconds=2.0, data_seconds=0.5, groups=2)))
+    row = json.loads(json.dumps(step_row(report, progress, lr=1e-3, router_lr=2e-3, seconds=2.0, data_seconds=0.5, groups=2)))
     names = "step tokens loss grad_norm lr tokens_per_second data_seconds skipped"
     assert [row[name] for name in names.split()] == [7, 123, 2.0 / 3.0, 1.5, 1e-3, 25.0, 0.5, 1]
-    assert (row["moe/balance_loss"], row["moe/z_loss"]) == (1.5, 5.0)
+    assert (row["moe/balance_loss"], row["moe/group_balance_loss"], row["moe/z_loss"]) == (1.5, 2.0, 5.0)
+    assert (row["router_lr"], row["moe/rank_rows_cv"], row["moe/rank_rows_max"]) == (2e-3, 0.5, 1.5)
     line = console_line(row, 100)
     assert "\n" not in line
     for part in ("7/100", "0.6667", "1.500", "SKIPPED"):

@@ -10,6 +10,7 @@ QWEN3_MOE_GROUPED = replace(
     QWEN3_MOE,
     model_type="qwen3_moe_grouped",
     class_name="Qwen3MoeGroupedForCausalLM",
+    own_routing=True,
     auto_map={
         "AutoConfig": "configuration_qwen3_moe_grouped.Qwen3MoeGroupedConfig",
         "AutoModel": "modeling_qwen3_moe_grouped.Qwen3MoeGroupedModel",

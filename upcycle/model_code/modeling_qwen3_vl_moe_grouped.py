@@ -37,6 +37,14 @@ register_checkpoint_conversion_mapping(
 
 
 # ---- routing: begin (text of moexpand/base/routing.py and moexpand/upcycle/model_code/shared.py)
+def router_probabilities(logits_TE: torch.Tensor, scoring: str = "softmax") -> torch.Tensor:
+    """Probabilities over all experts [T, E]: a(z_e) / sum_j a(z_j), with a = exp (`softmax`) or logistic (`sigmoid`)."""
+    if scoring == "softmax":
+        return torch.softmax(logits_TE, dim=-1)
+    scores_TE = torch.sigmoid(logits_TE)
+    return scores_TE / scores_TE.sum(-1, keepdim=True)
+
+
 def select_experts(scores_TE: torch.Tensor, top_k: int, groups: int = 1) -> torch.Tensor:
     """The K / G best experts of every group; equal scores go to the lowest index.
 
@@ -49,13 +57,20 @@ def select_experts(scores_TE: torch.Tensor, top_k: int, groups: int = 1) -> torc
         int64 [T, K]; columns in order of the groups, inside a group from the best down.
     """
     scores_TGM = scores_TE.detach().unflatten(1, (groups, -1))
-    per_group = top_k // groups
+    per_group, size = top_k // groups, scores_TGM.shape[-1]
     if per_group == 1:
         picks = scores_TGM.argmax(-1, keepdim=True)
+    elif scores_TE.device.type == "cpu":
+        # torch.topk leaves the order of equal scores open, so the few rows that have any are sorted.
+        values, picks = scores_TGM.topk(min(per_group + 1, size), dim=-1)
+        tied_TG = (values[..., 1:] == values[..., :-1]).any(-1)
+        if tied_TG.any():
+            picks[tied_TG] = scores_TGM[tied_TG].sort(dim=-1, descending=True, stable=True).indices[:, : picks.shape[-1]]
+        picks = picks[..., :per_group]
     else:
-        # torch.topk leaves the order of equal scores open; a stable sort keeps the lowest index first.
+        # Looking for ties would make the host wait for the GPU; a stable sort keeps the lowest index first.
         picks = scores_TGM.sort(dim=-1, descending=True, stable=True).indices[..., :per_group]
-    first_of_group = torch.arange(groups, device=scores_TE.device) * scores_TGM.shape[-1]
+    first_of_group = torch.arange(groups, device=scores_TE.device) * size
     return (picks + first_of_group[:, None]).flatten(1)
 
 
@@ -67,54 +82,115 @@ def route(
     scaling_factor: float = 1.0,
     gradient: str = "topk",
     temperature: float = 1.0,
+    normalised: bool = False,
+    scoring: str = "softmax",
+    bias_E: torch.Tensor | None = None,
+    chosen_TK: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Route tokens: p = softmax(z) over all experts, the best K / G of every group, weights p_i / sum of the chosen p.
+    """Route tokens: scores over all experts, the best K / G of every group, weights score_i / sum of the chosen scores.
 
-    The forward value is the same for both gradients. With S the chosen set and g_i = dL/dweight_i:
+    The scores are p = softmax(z) or the logistic function of z. The forward value is the same for every gradient. With S the
+    chosen set, g_i = dL/dweight_i, p^tau the probabilities of z / tau over all experts and s^tau = sum_{i in S} p^tau_i:
 
     * `topk`: the derivative of the formula above; experts outside S get none.
-    * `ste`: straight-through (Intern-S1-Pro, arXiv 2603.25040, section 2.2). The backward pass treats the weight as
-      p^tau_i, p^tau = softmax(z / tau) over all experts, so that every logit j gets
-      dL/dz_j = p^tau_j / tau * ([j in S] g_j - sum_{i in S} g_i p^tau_i).
+    * `ste`: straight-through (Intern-S1-Pro, arXiv 2603.25040, section 2.2). The backward pass treats the weight as p^tau_i,
+      so that every logit j gets, for softmax, dL/dz_j = p^tau_j / tau * ([j in S] g_j - sum_{i in S} g_i p^tau_i).
+      `normalised` divides this by s^tau, a constant of the token: the gradient then has the magnitude of `topk`.
+    * `default_vector`: the normalised `ste`. What makes it dense lies in the layer's output: see `unpicked_shares`.
 
     Args:
         logits_TE: z, [T, E]. Computed in fp32 or wider.
         top_k: K.
         groups: G; 1 is plain top-k.
-        renormalise: divide the chosen probabilities by their sum (`norm_topk_prob` of the checkpoint).
+        renormalise: divide the chosen scores by their sum (`norm_topk_prob` of the checkpoint).
         scaling_factor: multiplies the weights.
-        gradient: `topk` or `ste`.
-        temperature: tau of `ste`.
+        gradient: `topk`, `ste` or `default_vector`.
+        temperature: tau.
+        normalised: divide the gradient of `ste` by s^tau.
+        scoring: `softmax` or `sigmoid`.
+        bias_E: added to the scores for the choice alone (loss-free balancing, arXiv 2408.15664); no gradient.
+        chosen_TK: experts to visit instead of choosing them (replay), int64, columns in any order.
 
     Returns:
         weights [T, K] and probabilities [T, E] in fp32 (float64 for float64 logits), chosen experts int64 [T, K] between.
     """
     logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
-    probabilities_TE = torch.softmax(logits_TE, dim=-1)
-    chosen_TK = select_experts(probabilities_TE, top_k, groups)
-    weights_TK = probabilities_TE.gather(1, chosen_TK)
-    if gradient == "ste":
-        surrogate_TK = weights_TK if temperature == 1.0 else torch.softmax(logits_TE / temperature, -1).gather(1, chosen_TK)
+    probabilities_TE = router_probabilities(logits_TE, scoring)
+    scores_TE = probabilities_TE if scoring == "softmax" else torch.sigmoid(logits_TE)
+    if chosen_TK is None:
+        chosen_TK = select_experts(scores_TE if bias_E is None else scores_TE.detach() + bias_E, top_k, groups)
+    weights_TK = scores_TE.gather(1, chosen_TK)
     if renormalise:
         weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
-    if gradient == "ste":
+    if gradient != "topk":
+        surrogate_TE = probabilities_TE if temperature == 1.0 else router_probabilities(logits_TE / temperature, scoring)
+        surrogate_TK = surrogate_TE.gather(1, chosen_TK)
+        if normalised or gradient == "default_vector":
+            surrogate_TK = surrogate_TK / surrogate_TK.detach().sum(-1, keepdim=True)
         weights_TK = weights_TK.detach() + (surrogate_TK - surrogate_TK.detach())
-    return weights_TK * scaling_factor, chosen_TK, probabilities_TE
+    return weights_TK * scaling_factor if scaling_factor != 1.0 else weights_TK, chosen_TK, probabilities_TE
+
+
+def unpicked_shares(
+    logits_TE: torch.Tensor,
+    chosen_TK: torch.Tensor,
+    scaling_factor: float = 1.0,
+    temperature: float = 1.0,
+    scoring: str = "softmax",
+) -> torch.Tensor:
+    """What experts outside the chosen set S would weigh, for the gradient `default_vector`: q_j = p^tau_j / s^tau, 0 inside S.
+
+    An expert that a token did not visit is represented by m_j, a moving average of its outputs (after arXiv 2504.12463, which
+    also adds it to the forward value; here the forward value stays what serving engines compute). The backward pass
+    treats the layer's output as y + sum_{j not in S} q_j m_j. Together with `route`, and with g_j = <dL/dy, E_j(x)> for
+    j in S and <dL/dy, m_j> elsewhere, every logit gets, for softmax,
+
+        dL/dz_j = p^tau_j / (tau s^tau) * (g_j - sum_{all i} g_i p^tau_i)
+
+    which says of every expert whether it would have been better than the mixture. With m = 0 it is the normalised `ste`.
+
+    Returns:
+        [T, E] in fp32 (float64 for float64 logits); s^tau is a constant in the backward pass.
+    """
+    logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
+    surrogate_TE = router_probabilities(logits_TE / temperature if temperature != 1.0 else logits_TE, scoring)
+    mass_T1 = surrogate_TE.detach().gather(1, chosen_TK).sum(-1, keepdim=True)
+    return (surrogate_TE * (scaling_factor / mass_T1)).scatter(1, chosen_TK, 0.0)
+
+
+def group_probabilities(logits_TE: torch.Tensor, groups: int, scoring: str = "softmax") -> torch.Tensor:
+    """Probabilities inside every group, [T, E]: they sum to 1 over the experts of a group."""
+    logits_TGM = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32)).unflatten(1, (groups, -1))
+    return router_probabilities(logits_TGM, scoring).flatten(1)
 
 
 def balance_loss(
-    probability_sums_E: torch.Tensor, counts_E: torch.Tensor, tokens: torch.Tensor | int, top_k: int
+    probability_sums_E: torch.Tensor, counts_E: torch.Tensor, tokens: torch.Tensor | int, top_k: int, groups: int = 1
 ) -> torch.Tensor:
     """Switch balance loss, E / (T*K) * sum_e n_e * mean_t p_te; 1 when the load is uniform (arXiv 2101.03961, section 2.2).
+
+    With `groups` and probabilities inside groups it is the mean over the groups of the same loss inside each.
 
     Args:
         probability_sums_E: sum over the tokens of the router's probabilities, with gradient.
         counts_E: n_e, how many tokens were really sent to each expert, without gradient.
         tokens: T, the number of tokens behind both.
         top_k: K.
+        groups: 1, or G where the probabilities are those of `group_probabilities`.
     """
     experts = counts_E.shape[0]
-    return (probability_sums_E * counts_E).sum() * experts / (tokens * tokens * top_k)
+    return (probability_sums_E * counts_E).sum() * experts / (tokens * tokens * top_k * groups)
+
+
+def selection_bias_step(counts_E: torch.Tensor, groups: int, rate: float) -> torch.Tensor:
+    """Change of the selection bias after a step: rate * sign(mean load of the group - load) (arXiv 2408.15664, algorithm 1).
+
+    Args:
+        counts_E: token copies that the step sent to each expert.
+        rate: in units of a score.
+    """
+    counts_GM = counts_E.unflatten(0, (groups, -1))
+    return rate * torch.sign(counts_GM.mean(-1, keepdim=True) - counts_GM).flatten()
 
 
 def fp32_logits(x_TH: torch.Tensor, weight_EH: torch.Tensor) -> torch.Tensor:
