@@ -3,26 +3,11 @@
 `KEY = None` means "not given"; a key that must be given has the type `str` and the default MISSING.
 """
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from omegaconf import MISSING
 
-
-def key(default: Any, help: str, choices: tuple[str, ...] = (), within: str = "") -> Any:
-    """A field with its line of help and, for words, the allowed ones; for numbers, the allowed interval such as "[0, 1)"."""
-    return field(default=default, metadata={"help": help, "choices": choices, "within": within})
-
-
-def words(help: str) -> Any:
-    """A field that holds a list of words, empty by default."""
-    return field(default_factory=list, metadata={"help": help})
-
-
-def part(cls: type, help: str) -> Any:
-    """A field that holds a nested dataclass."""
-    return field(default_factory=cls, metadata={"help": help})
-
+from moexpand.conf.fields import key, part, words
 
 PLACEMENTS = (
     "quarters_spread",
@@ -334,6 +319,16 @@ class ExportCommand:
 
 
 @dataclass
+class ReportCommand:
+    """Write a run, or several, as one HTML page with plots."""
+
+    run: str = key(MISSING, "run folder")
+    compare: list[str] = words("run folders to draw beside it")
+    out: str | None = key(None, "file to write; not given: report/index.html in the run folder")
+    debug: bool = key(False, "print tracebacks")
+
+
+@dataclass
 class LogitsCommand:
     """Run the engine forward on a Hugging Face folder."""
 
@@ -395,6 +390,7 @@ COMMANDS: dict[str, type] = {
     "diff": DiffCommand,
     "export": ExportCommand,
     "logits": LogitsCommand,
+    "report": ReportCommand,
     "data build": DataBuildCommand,
     "data inspect": DataInspectCommand,
 }

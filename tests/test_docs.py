@@ -118,11 +118,13 @@ def test_every_module_that_is_named_exists(page: Path) -> None:
 
 
 def test_the_table_of_layouts_is_that_of_the_curves() -> None:
-    from tests.parallel.test_curves import FOUR, TWO
+    from tests.parallel.layouts import FOUR, GROUPED_FOUR, GROUPED_TWO, TWO
 
     section = (ROOT / "docs/training.md").read_text().partition("\n## Layouts\n")[2].partition("\n## ")[0]
     rows = dict(re.findall(r"^\| ([A-Z]+\d[^|]*?) \| (\d) \|", section, re.MULTILINE))
+    grouped = {f"child {name}" for name in (*GROUPED_TWO, *GROUPED_FOUR)}
     assert rows == dict.fromkeys(TWO, "2") | dict.fromkeys(FOUR, "4")
+    assert set(re.findall(r"^\| (child [A-Z]+\d[^|]*?) \| \d \|", section, re.MULTILINE)) == grouped
 
 
 def test_every_metric_is_explained() -> None:
@@ -133,9 +135,9 @@ def test_every_metric_is_explained() -> None:
     from moexpand.train.metrics import step_row
 
     counts = torch.ones(2, 8, dtype=torch.float64)
-    report = StepReport(1.0, 1, 1.0, False, counts, torch.ones(2), torch.ones(2))
+    report = StepReport(1.0, 1, 1.0, False, counts, *(torch.ones(2) for _ in range(4)))
     text = (ROOT / "docs/training.md").read_text()
-    missing = [name for name in step_row(report, Progress(1, 1, {}, {}, ""), 1e-3, 1.0, 0.0, 2) if f"`{name}`" not in text]
+    missing = [name for name in step_row(report, Progress(1, 1, {}, {}, ""), 1e-3, 1e-3, 1.0, 0.0, 2) if f"`{name}`" not in text]
     assert not missing
 
 

@@ -3,19 +3,17 @@
 `moe/*` is computed from the token copies that were really dispatched (n_e of each layer, over the whole global batch).
 """
 
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from moexpand.base.files import disk_errors, write_atomic
 from moexpand.parallel.engine import StepReport
 from moexpand.train.checkpoints import Progress
-
-METRICS = "metrics.jsonl"
-EVALUATIONS = "evaluations.jsonl"
+from moexpand.train.tables import EVALUATIONS as EVALUATIONS
+from moexpand.train.tables import METRICS as METRICS
+from moexpand.train.tables import Table as Table
+from moexpand.train.tables import read_rows as read_rows
 
 
 def load_metrics(dispatched: torch.Tensor, groups: int) -> dict[str, float]:
@@ -95,32 +93,3 @@ def console_line(row: dict[str, Any], steps: int) -> str:
         f"{row['tokens_per_second']:,.0f} tok/s  data {row['data_seconds']:.2f}s  load max {row['moe/load_max']:.1f}x "
         f"cv {row['moe/load_cv']:.2f}{skipped}"
     )
-
-
-class Table:
-    """A .jsonl file of rows with a `step`; going on from step N first removes what an interrupted run wrote beyond it."""
-
-    def __init__(self, path: Path, step: int) -> None:
-        self.path = path
-        kept = [row for row in read_rows(path) if row["step"] <= step]
-        self.steps = {row["step"] for row in kept}
-        with disk_errors(f"writing {path}"):
-            write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
-            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run, see close()
-
-    def append(self, row: dict[str, Any]) -> None:
-        """Write one row and hand it to the operating system; JSON has no NaN, so numbers that are not finite become null."""
-        with disk_errors(f"writing {self.path}"):
-            finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
-            self._file.write(json.dumps(finite) + "\n")
-            self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """All rows of a table; none where there is no file. What follows the last line break was cut off in the middle."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line]

@@ -90,15 +90,22 @@ def route(
     probabilities_TE = router_probabilities(logits_TE, scoring)
     scores_TE = probabilities_TE if scoring == "softmax" else torch.sigmoid(logits_TE)
     if chosen_TK is None:
-        chosen_TK = select_experts(scores_TE if bias_E is None else scores_TE.detach() + bias_E, top_k, groups)
-    weights_TK = scores_TE.gather(1, chosen_TK)
+        # Scores rise with the logits, which are equal exactly where they should be.
+        chosen_TK = select_experts(logits_TE if bias_E is None else scores_TE.detach() + bias_E, top_k, groups)
     if renormalise:
-        weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+        # score_i / sum of the chosen scores, also where these are too small for a float
+        chosen_logits_TK = logits_TE.gather(1, chosen_TK)
+        weights_TK = torch.softmax(
+            chosen_logits_TK if scoring == "softmax" else torch.nn.functional.logsigmoid(chosen_logits_TK), dim=-1
+        )
+    else:
+        weights_TK = scores_TE.gather(1, chosen_TK)
     if gradient != "topk":
         surrogate_TE = probabilities_TE if temperature == 1.0 else router_probabilities(logits_TE / temperature, scoring)
         surrogate_TK = surrogate_TE.gather(1, chosen_TK)
         if normalised or gradient == "default_vector":
-            surrogate_TK = surrogate_TK / surrogate_TK.detach().sum(-1, keepdim=True)
+            smallest = torch.finfo(surrogate_TK.dtype).tiny
+            surrogate_TK = surrogate_TK / surrogate_TK.detach().sum(-1, keepdim=True).clamp(min=smallest)
         weights_TK = weights_TK.detach() + (surrogate_TK - surrogate_TK.detach())
     return weights_TK * scaling_factor if scaling_factor != 1.0 else weights_TK, chosen_TK, probabilities_TE
 
@@ -126,7 +133,7 @@ def unpicked_shares(
     """
     logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
     surrogate_TE = router_probabilities(logits_TE / temperature if temperature != 1.0 else logits_TE, scoring)
-    mass_T1 = surrogate_TE.detach().gather(1, chosen_TK).sum(-1, keepdim=True)
+    mass_T1 = surrogate_TE.detach().gather(1, chosen_TK).sum(-1, keepdim=True).clamp(min=torch.finfo(surrogate_TE.dtype).eps)
     return (surrogate_TE * (scaling_factor / mass_T1)).scatter(1, chosen_TK, 0.0)
 
 

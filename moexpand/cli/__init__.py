@@ -23,6 +23,7 @@ COMMANDS = {
     "diff": "show two models' configs and derived sizes side by side",
     "export": "write a run's checkpoint as a Hugging Face folder",
     "logits": "run the engine forward on a Hugging Face folder",
+    "report": "write a run, or several, as one HTML page with plots",
     "data build": "turn PDFs and other sources into shards",
     "data inspect": "show what a shard folder holds, what was dropped and why",
 }

@@ -1,67 +1,48 @@
-"""Grouped top-k routing and its two gradients, against formulas written here in float64 numpy and against finite differences.
+"""Grouped top-k routing: which experts a token visits and with what weight, against a slow float64 definition.
+
+The definition is written here once more from the formulas, one token at a time; `test_routing_training.py` holds the gradients
+against it. Half precision logits are routed in fp32, ties go to the lowest index, and no gradient changes a forward value.
 
 Legend: T tokens, E experts, G groups, K experts a token visits.
 """
 
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from moexpand.base.routing import balance_loss, route, select_experts
+from moexpand.base.routing import group_probabilities, route, router_probabilities, select_experts
 
 TOKENS = 3
+HALVES = [torch.bfloat16, torch.float16]
+DTYPES = [*HALVES, torch.float32, torch.float64]
+SCORINGS = ["softmax", "sigmoid"]
+GRADIENTS = [("topk", False), ("ste", False), ("ste", True), ("default_vector", False)]
+"""`gradient` and `normalised` of `route`."""
 
 
-@dataclass(frozen=True)
-class Case:
-    experts: int
-    groups: int
-    top_k: int
-    renormalise: bool
-    temperature: float
-    seed: int
-
-    def logits(self) -> np.ndarray:
-        return np.random.default_rng(self.seed).normal(0, 1.5, (TOKENS, self.experts))
-
-    def upstream(self) -> np.ndarray:
-        """dL/dweight, [T, K]."""
-        return np.random.default_rng(self.seed + 1).normal(0, 1, (TOKENS, self.top_k))
-
-    def route(self, logits: torch.Tensor, gradient: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return route(logits, self.top_k, self.groups, self.renormalise, gradient=gradient, temperature=self.temperature)
-
-    def logit_gradient(self, gradient: str) -> tuple[np.ndarray, np.ndarray]:
-        """dL/dz [T, E] for the upstream gradient, by autograd, and the chosen experts."""
-        logits = torch.tensor(self.logits(), requires_grad=True)
-        weights, chosen, _ = self.route(logits, gradient)
-        (weights * torch.tensor(self.upstream())).sum().backward()
-        assert logits.grad is not None
-        return logits.grad.numpy(), chosen.numpy()
+def scores_of(logits: Sequence[float], scoring: str) -> list[float]:
+    if scoring == "sigmoid":
+        return [1 / (1 + math.exp(-z)) for z in logits]
+    best = max(logits)
+    exponentials = [math.exp(z - best) for z in logits]
+    total = sum(exponentials)
+    return [value / total for value in exponentials]
 
 
-@st.composite
-def cases(draw: Any) -> Case:
-    """One group, as many groups as chosen experts, two of a group, groups of one expert: all of it comes up."""
-    groups = draw(st.sampled_from([1, 2, 3, 4, 8]))
-    size = draw(st.integers(1, 6))
-    per_group = draw(st.integers(1, size))
-    temperature = draw(st.sampled_from([1.0, 0.5, 2.0]))
-    return Case(groups * size, groups, groups * per_group, draw(st.booleans()), temperature, draw(st.integers(0, 10_000)))
+def probabilities_of(logits: Sequence[float], scoring: str) -> list[float]:
+    scores = scores_of(logits, scoring)
+    total = sum(scores)
+    return [score / total for score in scores]
 
 
-def softmax(values: np.ndarray) -> np.ndarray:
-    exponentials = np.exp(values - values.max(-1, keepdims=True))
-    return exponentials / exponentials.sum(-1, keepdims=True)
-
-
-def choose(scores: np.ndarray, groups: int, per_group: int) -> list[int]:
-    """The definition, one token at a time: in every group the best, the lower index first among equals."""
+def choose(scores: Sequence[float], groups: int, per_group: int) -> list[int]:
+    """In every group the best, from the best down, the lower index first among equals."""
     size, chosen = len(scores) // groups, []
     for group in range(groups):
         members = range(group * size, (group + 1) * size)
@@ -69,96 +50,240 @@ def choose(scores: np.ndarray, groups: int, per_group: int) -> list[int]:
     return chosen
 
 
+def weights_of(
+    logits: Sequence[float], chosen: Sequence[int], scoring: str, renormalise: bool = True, scaling_factor: float = 1.0
+) -> list[float]:
+    scores = scores_of(logits, scoring)
+    total = sum(scores[expert] for expert in chosen) if renormalise else 1.0
+    return [scaling_factor * scores[expert] / total for expert in chosen]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A router, its logits and, with `replay`, the experts that it is told to visit."""
+
+    size: int = 4
+    groups: int = 4
+    per_group: int = 1
+    scoring: str = "softmax"
+    renormalise: bool = True
+    scaling_factor: float = 1.0
+    temperature: float = 1.0
+    bias_scale: float = 0.0
+    replay: bool = False
+    dtype: torch.dtype = torch.float64
+    seed: int = 0
+
+    @property
+    def experts(self) -> int:
+        return self.size * self.groups
+
+    @property
+    def top_k(self) -> int:
+        return self.per_group * self.groups
+
+    @property
+    def wide(self) -> torch.dtype:
+        """What is computed in."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    def random(self, stream: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, stream])
+
+    def logits(self) -> torch.Tensor:
+        """No two of a token are equal, in any dtype."""
+        random = self.random(0)
+        steps = np.stack([random.choice(np.arange(-128, 128), self.experts, replace=False) for _ in range(TOKENS)])
+        return torch.tensor(steps / 64 + random.uniform(-0.002, 0.002, steps.shape)).to(self.dtype)
+
+    def bias(self) -> torch.Tensor | None:
+        drawn = torch.tensor(self.random(1).normal(0, self.bias_scale, self.experts), dtype=self.wide)
+        return drawn if self.bias_scale else None
+
+    def chosen(self) -> list[list[int]]:
+        """By the definition, or any experts of every group in any order of the columns for a replay."""
+        random = self.random(2)
+        if self.replay:
+            picks = [
+                [g * self.size + m for g in range(self.groups) for m in random.permutation(self.size)[: self.per_group]]
+                for _ in range(TOKENS)
+            ]
+            return [random.permutation(row).tolist() for row in picks]
+        bias = self.bias()
+        rows = []
+        for logits in self.logits().tolist():
+            scores = scores_of(logits, self.scoring)
+            if bias is not None:
+                scores = [score + added for score, added in zip(scores, bias.tolist(), strict=True)]
+                assume(np.diff(sorted(scores)).min(initial=1.0) > 5e-7)
+            rows.append(choose(scores, self.groups, self.per_group))
+        return rows
+
+    def route(
+        self, logits: torch.Tensor, gradient: str = "topk", normalised: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return route(
+            logits,
+            self.top_k,
+            self.groups,
+            self.renormalise,
+            self.scaling_factor,
+            gradient,
+            self.temperature,
+            normalised,
+            self.scoring,
+            self.bias(),
+            torch.tensor(self.chosen()) if self.replay else None,
+        )
+
+
+SIZES = st.sampled_from([1, 2, 3, 5, 6])
+CASES = st.builds(
+    lambda size, per_group, **rest: Case(size=size, per_group=per_group(size), **rest),
+    size=SIZES,
+    groups=st.sampled_from([1, 2, 3, 4, 8]),
+    per_group=st.sampled_from([lambda size: 1, lambda size: min(2, size), lambda size: (size + 1) // 2, lambda size: size]),
+    scoring=st.sampled_from(SCORINGS),
+    renormalise=st.booleans(),
+    scaling_factor=st.sampled_from([1.0, 2.5]),
+    temperature=st.sampled_from([1.0, 0.5, 2.0]),
+    bias_scale=st.sampled_from([0.0, 0.05, 1.0]),
+    replay=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 10_000),
+)
+"""K = G, K = 2 G, K = E, groups of one expert and one group: all of it comes up."""
+
+
+def close(found: torch.Tensor, due: Sequence[Sequence[float]]) -> None:
+    tolerance = 1e-12 if found.dtype == torch.float64 else 2e-6
+    np.testing.assert_allclose(found.detach().double().numpy(), np.array(due), rtol=tolerance, atol=tolerance)
+
+
+@settings(max_examples=120, deadline=None)
+@given(CASES)
+def test_weights_choice_and_probabilities_are_those_of_the_definition(case: Case) -> None:
+    weights, chosen, probabilities = case.route(case.logits())
+    assert (weights.dtype, chosen.dtype, probabilities.dtype) == (case.wide, torch.int64, case.wide)
+    assert chosen.tolist() == case.chosen()
+    rows = case.logits().tolist()
+    close(probabilities, [probabilities_of(row, case.scoring) for row in rows])
+    options = (case.scoring, case.renormalise, case.scaling_factor)
+    close(weights, [weights_of(row, picks, *options) for row, picks in zip(rows, case.chosen(), strict=True)])
+
+
 @settings(max_examples=60, deadline=None)
-@given(cases())
-def test_weights_and_choice_are_those_of_the_definition(case: Case) -> None:
-    weights, chosen, probabilities = case.route(torch.tensor(case.logits()), "topk")
-    due = softmax(case.logits())
-    np.testing.assert_allclose(probabilities, due, atol=1e-14)
-    for token in range(TOKENS):
-        experts = choose(due[token], case.groups, case.top_k // case.groups)
-        assert chosen[token].tolist() == experts
-        picked = due[token][experts]
-        np.testing.assert_allclose(weights[token], picked / picked.sum() if case.renormalise else picked, atol=1e-14)
+@given(CASES, st.sampled_from([1.0, 8.0]))
+def test_every_gradient_has_bitwise_the_same_forward_value(case: Case, spread: float) -> None:
+    logits = (case.logits() * spread).requires_grad_()
+    plain = case.route(logits)
+    for gradient, normalised in GRADIENTS[1:]:
+        for found, due in zip(case.route(logits, gradient, normalised), plain, strict=True):
+            assert torch.equal(found, due), gradient
+
+
+@settings(max_examples=40, deadline=None)
+@given(CASES, st.sampled_from(HALVES))
+def test_half_precision_logits_are_routed_in_fp32(case: Case, dtype: torch.dtype) -> None:
+    case = replace(case, dtype=dtype)
+    for found, due in zip(case.route(case.logits()), case.route(case.logits().float()), strict=True):
+        assert found.dtype == due.dtype
+        assert torch.equal(found, due)
 
 
 @settings(max_examples=30, deadline=None)
-@given(cases())
-def test_both_gradients_have_bitwise_the_same_forward_value(case: Case) -> None:
-    for dtype in (torch.float32, torch.float64):
-        logits = torch.tensor(case.logits(), dtype=dtype, requires_grad=True)
-        for topk, ste in zip(case.route(logits, "topk"), case.route(logits, "ste"), strict=True):
-            assert torch.equal(topk, ste)
+@given(CASES)
+def test_replayed_experts_keep_their_weights_in_any_order_of_the_columns(case: Case) -> None:
+    case = replace(case, replay=False)
+    weights, chosen, probabilities = case.route(case.logits())
+    order = torch.tensor(case.random(3).permutation(case.top_k))
+    again = route(
+        case.logits(),
+        case.top_k,
+        case.groups,
+        case.renormalise,
+        case.scaling_factor,
+        scoring=case.scoring,
+        chosen_TK=chosen[:, order],
+    )
+    close(again[0], weights[:, order].tolist())
+    assert torch.equal(again[1], chosen[:, order])
+    assert torch.equal(again[2], probabilities)
+
+
+def test_the_selection_bias_moves_the_choice_and_not_the_weights() -> None:
+    logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]])
+    for bias, picks in (([-5.0, 0.0, 0.0, 5.0], [3, 1]), ([0.0, -5.0, -5.0, -5.0], [0, 1]), ([-5.0, -5.0, 0.0, 0.0], [2, 3])):
+        for scoring in SCORINGS:
+            weights, chosen, _ = route(logits, 2, scoring=scoring, bias_E=torch.tensor(bias))
+            assert chosen.tolist() == [picks]
+            close(weights, [weights_of(logits[0].tolist(), picks, scoring)])
 
 
 @settings(max_examples=60, deadline=None)
-@given(cases())
-def test_the_straight_through_gradient_is_the_analytic_formula(case: Case) -> None:
-    """dL/dz_j = p_j / tau * ([j in S] g_j - sum over S of g_i p_i) with p = softmax(z / tau) over all experts."""
-    found, chosen = case.logit_gradient("ste")
-    p_TE, g_TK = softmax(case.logits() / case.temperature), case.upstream()
-    for token in range(TOKENS):
-        experts = chosen[token]
-        dense = np.zeros(case.experts)
-        dense[experts] = g_TK[token]
-        shared = (g_TK[token] * p_TE[token][experts]).sum()
-        np.testing.assert_allclose(found[token], p_TE[token] / case.temperature * (dense - shared), atol=1e-12)
-    np.testing.assert_allclose(found.sum(-1), 0, atol=1e-12)
+@given(CASES)
+def test_probabilities_inside_groups_are_those_of_the_definition(case: Case) -> None:
+    found = group_probabilities(case.logits(), case.groups, case.scoring)
+    assert found.dtype == case.wide
+    cuts = range(0, case.experts, case.size)
+    close(
+        found,
+        [[p for g in cuts for p in probabilities_of(row[g : g + case.size], case.scoring)] for row in case.logits().tolist()],
+    )
+    close(found.unflatten(1, (case.groups, -1)).sum(-1), [[1.0] * case.groups] * TOKENS)
+    wide = case.logits().to(case.wide)
+    close(router_probabilities(wide, case.scoring), [probabilities_of(row, case.scoring) for row in wide.tolist()])
 
 
-@settings(max_examples=25, deadline=None)
-@given(cases())
-def test_the_straight_through_gradient_is_the_slope_of_its_surrogate(case: Case) -> None:
-    found, chosen = case.logit_gradient("ste")
-
-    def surrogate(logits: np.ndarray) -> float:
-        return float((np.take_along_axis(softmax(logits / case.temperature), chosen, -1) * case.upstream()).sum())
-
-    np.testing.assert_allclose(found, _slopes(surrogate, case.logits()), atol=1e-8)
+def same_choice(run: Callable[[], torch.Tensor], due: list[list[int]]) -> None:
+    found = run()
+    assert found.dtype == torch.int64
+    assert found.tolist() == due
+    assert all(torch.equal(run(), found) for _ in range(2))
 
 
-@settings(max_examples=25, deadline=None)
-@given(cases())
-def test_the_plain_gradient_is_the_slope_of_the_forward_value(case: Case) -> None:
-    """Logits are an ordinary distance apart, so the choice stays within the step of 1e-6."""
-    found, _ = case.logit_gradient("topk")
-
-    def forward(logits: np.ndarray) -> float:
-        weights, _, _ = case.route(torch.tensor(logits), "topk")
-        return float((weights.numpy() * case.upstream()).sum())
-
-    np.testing.assert_allclose(found, _slopes(forward, case.logits()), atol=1e-8)
-
-
-def _slopes(function: Any, at: np.ndarray, step: float = 1e-6) -> np.ndarray:
-    slopes = np.zeros_like(at)
-    for index in np.ndindex(at.shape):
-        up, down = at.copy(), at.copy()
-        up[index] += step
-        down[index] -= step
-        slopes[index] = (function(up) - function(down)) / (2 * step)
-    return slopes
-
-
-def test_experts_that_were_not_chosen_learn_only_from_the_straight_through_gradient() -> None:
-    case = Case(experts=16, groups=4, top_k=4, renormalise=True, temperature=1.0, seed=0)
-    for gradient, reached in (("ste", True), ("topk", False)):
-        found, chosen = case.logit_gradient(gradient)
-        unchosen = np.ones_like(found, dtype=bool)
-        np.put_along_axis(unchosen, chosen, False, -1)
-        assert (np.abs(found[unchosen]).max() > 1e-6) == reached
-        assert reached or np.abs(found[unchosen]).max() < 1e-15
-        assert np.abs(found[~unchosen]).min() > 0
+@settings(max_examples=120, deadline=None)
+@given(
+    size=st.sampled_from([1, 2, 3, 7, 16, 33, 64, 150, 300]),
+    groups=st.sampled_from([1, 2, 4]),
+    per_group=st.integers(1, 12),
+    levels=st.sampled_from([1, 2, 3, 40]),
+    dtype=st.sampled_from(DTYPES),
+    strided=st.booleans(),
+    seed=st.integers(0, 10_000),
+)
+def test_equal_scores_go_to_the_lowest_index(
+    size: int, groups: int, per_group: int, levels: int, dtype: torch.dtype, strided: bool, seed: int
+) -> None:
+    """Also the whole group, ties on both sides of the last pick, and zeros of either sign."""
+    per_group = min(per_group, size)
+    drawn = np.random.default_rng(seed).integers(0, levels, (12, groups * size))
+    drawn[0] = 1
+    scores = torch.tensor(drawn / 4 - 0.25).to(dtype)
+    scores[1, ::2] *= -0.0
+    if strided:
+        scores = scores.T.contiguous().T
+    due = [choose(row, groups, per_group) for row in scores.tolist()]
+    same_choice(lambda: select_experts(scores, per_group * groups, groups), due)
 
 
-def test_at_temperature_1_the_straight_through_gradient_is_that_of_unnormalised_weights() -> None:
-    normalised = Case(experts=12, groups=2, top_k=4, renormalise=True, temperature=1.0, seed=3)
-    plain = Case(experts=12, groups=2, top_k=4, renormalise=False, temperature=1.0, seed=3)
-    np.testing.assert_allclose(normalised.logit_gradient("ste")[0], plain.logit_gradient("topk")[0], atol=1e-14)
+@settings(max_examples=60, deadline=None)
+@given(size=st.sampled_from([2, 3, 8, 20, 64]), leaders=st.integers(0, 5), equals=st.integers(2, 8), seed=st.integers(0, 10_000))
+def test_a_tie_across_the_last_pick_takes_the_lowest_indices(size: int, leaders: int, equals: int, seed: int) -> None:
+    """A few experts lead, some are equal behind them, and any number of these still fits."""
+    random = np.random.default_rng(seed)
+    scores = torch.zeros(8, 2 * size)
+    for row in scores.view(-1, size):
+        order = random.permutation(size)
+        row[order[:leaders].copy()] = torch.arange(2.0, 2.0 + len(order[:leaders]))
+        row[order[leaders : leaders + equals].copy()] = 1.0
+    for per_group in range(1, min(size, leaders + equals + 1) + 1):
+        due = [choose(row, 2, per_group) for row in scores.tolist()]
+        same_choice(lambda per_group=per_group: select_experts(scores, 2 * per_group, 2), due)
 
 
 @pytest.mark.parametrize("top_k", [2, 4, 8])
-def test_equal_scores_go_to_the_lowest_index(top_k: int) -> None:
+def test_rows_of_equal_scores_send_every_group_to_its_first_experts(top_k: int) -> None:
     scores = torch.zeros(2, 64)
     scores[1, 5] = scores[1, 37] = scores[1, 36] = 1.0
     chosen = select_experts(scores, top_k, groups=2).tolist()
@@ -167,32 +292,73 @@ def test_equal_scores_go_to_the_lowest_index(top_k: int) -> None:
     assert chosen[1] == [*[5, 0, 1, 2][:half], *[36, 37, 32, 33][:half]]
 
 
-def test_half_precision_logits_are_routed_in_fp32() -> None:
-    logits = torch.tensor(Case(64, 8, 8, True, 1.0, 0).logits()).bfloat16()
-    weights, chosen, probabilities = route(logits, 8, 8)
-    wide = route(logits.float(), 8, 8)
-    assert weights.dtype == probabilities.dtype == torch.float32
-    assert torch.equal(weights, wide[0])
-    assert torch.equal(chosen, wide[1])
+@pytest.mark.parametrize("scoring", SCORINGS)
+def test_equal_logits_tie_and_go_to_the_lowest_index(scoring: str) -> None:
+    """Copies of one expert have equal logits, and logits that were rounded to bf16 are often equal."""
+
+    @settings(max_examples=80, deadline=None)
+    @given(
+        size=st.sampled_from([2, 3, 5, 8, 16, 60]),
+        groups=st.sampled_from([1, 2, 4]),
+        per_group=st.integers(1, 8),
+        step=st.sampled_from([0.0, 0.5, 1 / 16]),
+        dtype=st.sampled_from(DTYPES),
+        seed=st.integers(0, 10_000),
+    )
+    def holds(size: int, groups: int, per_group: int, step: float, dtype: torch.dtype, seed: int) -> None:
+        drawn = torch.tensor(np.random.default_rng(seed).normal(0, 1.5, (7, groups * size)))
+        rounded = (drawn / step).round() * step if step else drawn[:, :1].expand(drawn.shape)
+        logits = rounded.bfloat16().to(dtype)
+        picks = min(per_group, size)
+        due = [choose(scores_of(row, scoring), groups, picks) for row in logits.tolist()]
+        same_choice(lambda: route(logits, picks * groups, groups, scoring=scoring)[1], due)
+
+    holds()
 
 
-def test_huge_logits_stay_finite() -> None:
-    weights, _, probabilities = route(torch.tensor([[1e4, -1e4, 3e38, 0.0]]), 2, 2)
+@pytest.mark.parametrize("scoring", SCORINGS)
+def test_equal_logits_tie_at_every_place_of_a_row(scoring: str) -> None:
+    """Also where a row is no multiple of what the processor computes at once."""
+    for experts in (17, 33, 60):
+        for logit in np.arange(-6, 6, 1 / 16).tolist():
+            chosen = route(torch.full((1, experts), logit), 4, scoring=scoring)[1]
+            assert chosen.tolist() == [[0, 1, 2, 3]], (experts, logit)
+
+
+@pytest.mark.parametrize("scoring", SCORINGS)
+def test_no_tokens_are_routed_to_nothing(scoring: str) -> None:
+    for top_k in (4, 8, 16):
+        weights, chosen, probabilities = route(torch.zeros(0, 16), top_k, 4, scoring=scoring)
+        assert (weights.shape, chosen.shape, probabilities.shape) == ((0, top_k), (0, top_k), (0, 16))
+        assert chosen.dtype == torch.int64
+
+
+@pytest.mark.parametrize("scoring", SCORINGS)
+def test_huge_logits_stay_finite(scoring: str) -> None:
+    weights, _, probabilities = route(torch.tensor([[1e4, -1e4, 3e38, 0.0]]), 2, 2, scoring=scoring)
     assert torch.isfinite(weights).all()
     assert torch.isfinite(probabilities).all()
 
 
+@pytest.mark.parametrize(
+    ("scoring", "logits", "bias", "replay"),
+    [
+        ("softmax", [0.0, -150.0, -152.0, -151.0], None, [3, 1]),
+        ("softmax", [0.0, -150.0, -152.0, -151.0], [-9.0, 0.0, -1.0, 1.0], None),
+        ("sigmoid", [-150.0, -151.0, -153.0, -152.0], None, None),
+    ],
+    ids=["replay", "bias", "sigmoid"],
+)
+def test_experts_with_scores_too_small_for_fp32_still_share_the_weight(
+    scoring: str, logits: list[float], bias: list[float] | None, replay: list[int] | None
+) -> None:
+    """The ratio of their scores is an ordinary number."""
+    bias_E = None if bias is None else torch.tensor(bias)
+    chosen_TK = None if replay is None else torch.tensor([replay])
+    weights, chosen, _ = route(torch.tensor([logits]), 2, scoring=scoring, bias_E=bias_E, chosen_TK=chosen_TK)
+    close(weights, [weights_of(logits, chosen[0].tolist(), scoring)])
+
+
 def test_scaling_factor_multiplies_the_weights() -> None:
-    logits = torch.tensor(Case(16, 1, 4, True, 1.0, 0).logits())
-    np.testing.assert_allclose(route(logits, 4, scaling_factor=2.5)[0].sum(-1), 2.5)
-
-
-def test_balance_loss_is_1_at_uniform_load_and_experts_over_k_at_collapse() -> None:
-    tokens, experts, top_k = 10, 8, 2
-    uniform = balance_loss(
-        torch.full((experts,), tokens / experts), torch.full((experts,), tokens * top_k / experts), tokens, top_k
-    )
-    assert float(uniform) == pytest.approx(1.0)
-    sums, counts = torch.zeros(experts), torch.zeros(experts)
-    sums[:2], counts[:2] = tokens / 2, tokens
-    assert float(balance_loss(sums, counts, tokens, top_k)) == pytest.approx(experts / top_k)
+    case = Case(size=16, groups=1, per_group=4)
+    np.testing.assert_allclose(route(case.logits(), 4, scaling_factor=2.5)[0].sum(-1), 2.5)

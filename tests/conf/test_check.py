@@ -76,8 +76,8 @@ def test_layouts_that_work_pass(world_size: int, overrides: list[str]) -> None:
         (
             2,
             ["parallel.context=2", "train.seq_length=1026"],
-            "train.seq_length=1026 is not a multiple of 2 x parallel.context=2 x parallel.tensor=1, over which the tokens are split "
-            "evenly; choose 1024 or 1028.",
+            "train.seq_length=1026 is not a multiple of 2 x parallel.context=2 x parallel.tensor=1, over which the tokens are "
+            "split evenly; choose 1024 or 1028.",
         ),
         (5, ["parallel.expert_tensor=5"], "moe_intermediate_size=48 is not a multiple of parallel.expert_tensor=5"),
         (1, ["parallel.interleave=2"], "parallel.interleave=2 cuts pipeline stages in parts and parallel.pipeline=1"),
@@ -147,6 +147,9 @@ def test_any_object_with_hugging_face_names_will_do() -> None:
         num_attention_heads: int = 4
         num_key_value_heads: int = 2
         vocab_size: int = 8448
+        moe_intermediate_size: int = 48
+        norm_topk_prob: bool = True
+        scoring_func: str = "softmax"
 
     names = {field.name for field in fields(FromCheckpoint)}
     assert names <= {field.name for field in fields(Model)}

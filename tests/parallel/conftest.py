@@ -16,6 +16,19 @@ def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def deep_parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """32 experts, top-8, four layers, so that two interleaved stages have two parts each; small, as every layout trains it."""
+    folder = tmp_path_factory.mktemp("engine") / "deep"
+    return make_parent(folder, experts=32, layers=4, hidden=32, intermediate=16, head_dim=8, seed=2, max_shard_size="200KB")
+
+
+@pytest.fixture(scope="session")
+def deep_child(deep_parent: Path) -> Path:
+    """Its child of 128 experts in 8 groups."""
+    return make_child(deep_parent, deep_parent.with_name("deep_child"), placement="halves_bits", num_experts=128)
+
+
+@pytest.fixture(scope="session")
 def tied_parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """16 experts, top-4, tied head, probabilities that are not divided by their sum."""
     folder = tmp_path_factory.mktemp("engine") / "tied"

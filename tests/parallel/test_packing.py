@@ -31,7 +31,7 @@ def engine(parent: Path, request: pytest.FixtureRequest) -> Iterator[Any]:
 
 def _logits(engine: Any, segments: list[np.ndarray]) -> np.ndarray:
     masks = [np.ones(len(segment)) for segment in segments]
-    (found,) = engine.logits(runs.on_device([Micro(segments, masks)]))
+    (found,), _ = engine.logits(runs.on_device([Micro(segments, masks)]))
     return found.numpy()
 
 

@@ -63,7 +63,7 @@ def test_another_tokenizer_than_the_shards_own_is_refused(refused: Any) -> None:
         ({"parallel.pipeline": 2, "parallel.expert": 1, "model.num_hidden_layers": 3}, ("num_hidden_layers=3",)),
         ({"parallel.dispatcher": "grouped_allgather"}, ("grouped_allgather", "router_n_groups=1")),
         ({"model.router_n_groups": 3}, ("router_n_groups=3",)),
-        ({"parallel.context": 2}, ("parallel.context=2",)),
+        ({"parallel.interleave": 2}, ("parallel.interleave=2",)),
         ({"train.global_batch": 3}, ("train.global_batch=3",)),
         ({"parallel.tensor": 2, "train.seq_length": 63}, ("train.seq_length=63",)),
         ({"parallel.experts": 2}, ("parallel.experts", "parallel.expert")),

@@ -1,0 +1,227 @@
+"""Pictures of one or several runs over their steps, as inline SVG for a page without scripts or links.
+
+matplotlib is imported when something is drawn. A line or a picture that no run has figures for is left out.
+"""
+
+import html
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from io import StringIO
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moexpand.train.tables import Rows, series
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#b8860b", "#444444", "#7b3294")
+STYLES: tuple[Any, ...] = ("-", "--", ":", "-.")
+SETTINGS: dict[str, Any] = {
+    "svg.fonttype": "none", "svg.hashsalt": "moexpand", "text.parse_math": False, "font.family": "sans-serif", "font.size": 9,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6", "grid.linewidth": 0.6,
+    "axes.edgecolor": "#888888", "axes.axisbelow": True, "lines.linewidth": 1.3, "legend.frameon": False,
+    "axes.formatter.useoffset": False,
+}  # fmt: skip
+MOST_POINTS = 1000
+"""Of a line; more are thinned to the least and the greatest of equal stretches."""
+FEW_POINTS = 60
+"""So many values are marked one by one."""
+LONGEST_NAME = 36
+
+Entries = list[tuple["Artist", str]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is drawn of a run.
+
+    Attributes:
+        name: short, and no other run's.
+        settings: its config.yaml by dotted keys; empty where there is none.
+        rows, evaluations: its tables.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    rows: Rows
+    evaluations: Rows = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A figure of metrics.jsonl over the steps; left out where it equals the figure `unlike` on every row."""
+
+    key: str
+    label: str
+    unlike: str = ""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One picture.
+
+    Attributes:
+        title, unit, good: heading, label of the vertical axis, and the line below that says what good looks like.
+        lines: figures over steps.
+        draw: draws what lines cannot say, and returns entries of the legend; nothing drawn, no picture.
+        scale: of the vertical axis; `auto` is `log` where values lie far apart and above 0.
+        zero: the axis starts at 0.
+        robust: a few values far above all others do not squeeze the rest.
+        distance: draw 1 - value.
+        wide: as wide as the page.
+    """
+
+    title: str
+    unit: str
+    good: str
+    lines: tuple[Line, ...] = ()
+    draw: Callable[["Axes", Sequence[Run]], Entries] | None = None
+    scale: str = "linear"
+    zero: bool = False
+    robust: bool = False
+    distance: bool = False
+    wide: bool = False
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """matplotlib with the settings of a report inside, whatever a user's matplotlibrc says."""
+    import matplotlib
+
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(SETTINGS)
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a reader's browser has it
+        yield
+
+
+def colours(number: int) -> list[str]:
+    """Colours of so many runs or lines, as #rrggbb."""
+    if number <= len(COLOURS):
+        return list(COLOURS[:number])
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    return [to_hex(colour) for colour in colormaps["turbo"](np.linspace(0.05, 0.95, number))]
+
+
+def draw(plot: Plot, runs: Sequence[Run]) -> "Figure | None":
+    """The picture of these runs, inside `style`; None when they have none of its figures."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(11.4, 4.2) if plot.wide else (5.6, 3.1), layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlabel="step", ylabel=plot.unit)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8 if plot.wide else 6))
+    entries = _lines(axes, plot, runs)
+    if plot.draw is not None:
+        entries += plot.draw(axes, runs)
+    if not axes.has_data():
+        return None
+    _limits(axes, plot)
+    if len(entries) > 1 or len(runs) > 1 or plot.draw is not None:
+        _legend(axes, entries, 150 if plot.wide else 70)
+    return figure
+
+
+def to_svg(figure: "Figure", number: int, title: str) -> str:
+    """A picture as an element of a page: no links, short coordinates, identities that no other picture of the page has."""
+    out = StringIO()
+    figure.savefig(out, format="svg", metadata={"Creator": None, "Date": None, "Format": None, "Type": None})
+    text = out.getvalue()
+    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text[text.index("<svg") :])
+    text = re.sub(r' d="[^"]*"', lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found[0]), text)
+    text = re.sub(r'( id="|xlink:href="#|url\(#)', rf"\g<1>p{number}-", text)
+    return text.replace("<svg ", f'<svg role="img" aria-label="{html.escape(title)}" ', 1).strip()
+
+
+# ---------------------------------------------------------------- lines
+
+
+def _lines(axes: "Axes", plot: Plot, runs: Sequence[Run]) -> Entries:
+    """Several runs: a colour each, and a style for each figure. One run: a colour for each figure."""
+    from matplotlib.lines import Line2D
+
+    drawn: list[tuple[int, int]] = []
+    palette = colours(len(runs)) if len(runs) > 1 else colours(len(plot.lines))
+    for number, run in enumerate(runs):
+        for place, line in enumerate(plot.lines):
+            steps, values = series(run.rows, line.key)
+            values = 1 - values if plot.distance else values
+            if plot.scale == "log":
+                values = np.where(values > 0, values, np.nan)
+            if not np.isfinite(values).any() or _repeats(run, line):
+                continue
+            look: dict[str, Any] = {"color": palette[place]}
+            if len(runs) > 1:
+                look = {"color": palette[number], "linestyle": STYLES[place]}
+            plain(axes, steps, values, **look)
+            drawn.append((number, place))
+    places = sorted({place for _, place in drawn})
+    if len(runs) == 1:
+        return [(Line2D([], [], color=palette[place]), plot.lines[place].label) for place in places]
+    entries: Entries = [(Line2D([], [], color=palette[number]), runs[number].name) for number in sorted({n for n, _ in drawn})]
+    if len(plot.lines) > 1:
+        entries += [(Line2D([], [], color="#666666", linestyle=STYLES[place]), plot.lines[place].label) for place in places]
+    return entries
+
+
+def plain(axes: "Axes", steps: np.ndarray, values: np.ndarray, **look: Any) -> None:
+    """A line, its few points marked, its many points thinned."""
+    few = np.isfinite(values).sum() <= FEW_POINTS
+    marked: dict[str, Any] = {"marker": "o", "markersize": 3} if few else {}
+    axes.plot(*thinned(steps, values), **marked | look)
+
+
+def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """At most about `MOST_POINTS` points that keep every peak: the least and the greatest value of equal stretches."""
+    if len(steps) <= MOST_POINTS:
+        return steps, values
+    kept = [0, len(steps) - 1]
+    for stretch in np.array_split(np.arange(len(steps)), MOST_POINTS // 2):
+        finite = stretch[np.isfinite(values[stretch])]
+        kept += [finite[values[finite].argmin()], finite[values[finite].argmax()]] if len(finite) else [stretch[0]]
+    places = np.unique(kept)
+    return steps[places], values[places]
+
+
+def _repeats(run: Run, line: Line) -> bool:
+    return bool(line.unlike) and all(row.get(line.key) == row.get(line.unlike) for row in run.rows)
+
+
+def _limits(axes: "Axes", plot: Plot) -> None:
+    found = [np.asarray(line.get_ydata(), dtype=float) for line in axes.get_lines() if line.get_transform() == axes.transData]
+    values = np.concatenate([*found, np.empty(0)])
+    values = values[np.isfinite(values)]
+    far = plot.scale == "auto" and values.size > 0 and values.min() > 0 and values.max() > 30 * values.min()
+    if plot.scale == "log" or far:
+        axes.set_yscale("log")
+    elif plot.zero:
+        axes.set_ylim(bottom=min(0.0, values.min(initial=0.0)))
+    if plot.robust and values.size >= 10 and values.max() > 3 * (usual := float(np.percentile(values, 97))) > 0:
+        axes.set_ylim(top=1.5 * usual)
+        axes.annotate(
+            f"{(values > 1.5 * usual).sum()} above, up to {values.max():,.4g}",
+            (0.99, 0.98), xycoords="axes fraction", ha="right", va="top", color="#666666",
+        )  # fmt: skip
+
+
+def _legend(axes: "Axes", entries: Entries, characters: int) -> None:
+    """Above the picture, where it hides nothing."""
+    if not entries:
+        return
+    handles, full = zip(*entries, strict=True)
+    # A leading underscore would hide an entry.
+    names = [
+        f" {name}" if len(name) <= LONGEST_NAME else f" {name[: LONGEST_NAME // 2]}…{name[-LONGEST_NAME // 2 :]}" for name in full
+    ]
+    columns = max(1, min(len(names), characters // (max(map(len, names)) + 6)))
+    axes.legend(handles, names, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2, handlelength=1.8)

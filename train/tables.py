@@ -1,0 +1,54 @@
+"""The tables of a run folder: rows with a `step`, a line of JSON each, every step once. Nothing here imports torch."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moexpand.base.files import disk_errors, write_atomic
+
+METRICS = "metrics.jsonl"
+EVALUATIONS = "evaluations.jsonl"
+
+Rows = list[dict[str, Any]]
+
+
+class Table:
+    """A .jsonl file of rows with a `step`; going on from step N first removes what an interrupted run wrote beyond it."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path = path
+        kept = [row for row in read_rows(path) if row["step"] <= step]
+        self.steps = {row["step"] for row in kept}
+        with disk_errors(f"writing {path}"):
+            write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run, see close()
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Write one row and hand it to the operating system; JSON has no NaN, so numbers that are not finite become null."""
+        with disk_errors(f"writing {self.path}"):
+            finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+            self._file.write(json.dumps(finite) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_rows(path: Path) -> Rows:
+    """All rows of a table; none where there is no file. What follows the last line break was cut off in the middle."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line]
+
+
+def series(rows: Rows, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of the rows that have `key`, float64; NaN for null and for what is no finite number."""
+    having = [row for row in rows if key in row]
+    return np.array([row["step"] for row in having], dtype=float), np.array([_number(row[key]) for row in having], dtype=float)
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else math.nan
