@@ -81,7 +81,7 @@ class RouterWatch:
         if per_group < logits_TGM.shape[-1]:
             best = logits_TGM.topk(per_group + 1, dim=-1).values
             margin = (best[..., -2] - best[..., -1]).mean(1).sum()
-        overlap, distinct = (torch.zeros_like(entropy) for _ in range(2))
+        overlap, distinct = (torch.full_like(entropy, torch.nan) for _ in range(2))
         if layer in self._parents:
             overlap, distinct = _against_parent(self._parents[layer], tokens_TH, chosen_TK)
         tokens = torch.full_like(entropy, len(tokens_TH))

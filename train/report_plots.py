@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#b8860b", "#444444", "#7b3294")
 STYLES: tuple[Any, ...] = ("-", "--", ":", "-.")
-SETTINGS: dict[str, Any] = {
+SETTINGS: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "moexpand", "text.parse_math": False, "font.family": "sans-serif", "font.size": 9,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6", "grid.linewidth": 0.6,
     "axes.edgecolor": "#888888", "axes.axisbelow": True, "lines.linewidth": 1.3, "legend.frameon": False,

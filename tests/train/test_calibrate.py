@@ -212,9 +212,9 @@ def test_an_engine_that_was_observed_computes_as_before(parent: Path, packs: lis
     batch = PackedBatch.from_arrays(packs[0], torch.device("cpu"))
     heard: list[tuple[int, int]] = []
     with runs.engine(parent, {}, {}) as built:
-        (before,) = built.logits([batch])
+        (before,), _ = built.logits([batch])
         built.observe_routing([batch, batch], lambda number, layer, logits, chosen: heard.append((number, layer)))
-        (after,) = built.logits([batch])
+        (after,), _ = built.logits([batch])
     assert heard == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert torch.equal(before, after)
 
