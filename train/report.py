@@ -15,7 +15,7 @@ import yaml
 from moexpand.base.errors import InputError
 from moexpand.base.files import disk_errors, read_json, write_atomic
 from moexpand.conf.schema import ReportCommand
-from moexpand.train.report_plots import Run, colours, draw, style, to_svg
+from moexpand.train.report_plots import MANY_POINTS, Run, colours, draw, style, to_svg
 from moexpand.train.report_sections import SECTIONS
 from moexpand.train.tables import EVALUATIONS, METRICS, Rows, read_rows, series
 from moexpand.upcycle.config_json import read_architecture
@@ -95,6 +95,8 @@ tr + tr > * { border-top: 1px solid #eee; } td.n, th.n { text-align: right; font
 white-space: nowrap; }
 th { font-weight: 600; } th.run { border-bottom: 3px solid; } td { overflow-wrap: anywhere; } .scroll { overflow-x: auto; }
 code { font-size: .95em; overflow-wrap: normal; } details { margin: .6em 0; } summary { cursor: pointer; }
+.key { display: inline-block; margin: 0 1.5em .8em 0; font-size: .9em; }
+.key i { display: inline-block; width: 1.6em; height: .3em; margin: 0 .4em .2em 0; }
 .plots { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 1.6em 2em; }
 figure { margin: 0; } figure.wide { grid-column: 1 / -1; } figure svg { width: 100%; height: auto; display: block; }
 figcaption { color: #555; font-size: .87em; }
@@ -230,7 +232,7 @@ def page(folders: Sequence[Path], runs: Sequence[Run]) -> tuple[str, int]:
                     caption = f"<figcaption>{_text(plot.good)}</figcaption>"
                     figures.append(f"<figure{wide}><h3>{_text(plot.title)}</h3>{picture}{caption}</figure>")
             if figures:
-                body = f'<p>{_text(section.about)}</p>\n<div class="plots">\n' + "\n".join(figures) + "\n</div>"
+                body = f'<p>{_text(section.about)}</p>\n{_key(runs)}<div class="plots">\n' + "\n".join(figures) + "\n</div>"
                 sections.append((section.anchor, section.title, body))
     sections.insert(0, ("figures", "Figures", _figures(runs)))
     title = _text("moexpand report: " + ", ".join(run.name for run in runs))
@@ -286,8 +288,10 @@ def _figures(runs: Sequence[Run]) -> str:
             rows.append([f"<code>{_text(key)}</code>", *map(_text, cells)])
     over = "".join(heading.replace("<th", '<th colspan="3"', 1) for heading in _run_headings(runs))
     names = ["figure", *(['<th class="n">first</th>', '<th class="n">last</th>', '<th class="n">median</th>'] * len(runs))]
-    about = "<p>First, last and median finite value; evaluations are held_out_loss and unigram_entropy.</p>"
-    return about + _table(names, rows, f"<tr><th></th>{over}</tr>" if len(runs) > 1 else "", "n")
+    about = "First, last and median finite value."
+    if any(len(run.rows) >= MANY_POINTS for run in runs):
+        about += " In the plots, faint lines are single steps, strong ones the medians of stretches of a long run."
+    return f"<p>{about}</p>" + _table(names, rows, f"<tr><th></th>{over}</tr>" if len(runs) > 1 else "", "n")
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], above: str = "", kind: str = "") -> str:
@@ -306,6 +310,14 @@ def _run_headings(runs: Sequence[Run]) -> list[str]:
         f'<th class="run" style="border-color:{colour}">{_text(run.name)}</th>'
         for run, colour in zip(runs, colours(len(runs)), strict=True)
     ]
+
+
+def _key(runs: Sequence[Run]) -> str:
+    """Which colour is which run, where there are several."""
+    if len(runs) == 1:
+        return ""
+    pairs = zip(runs, colours(len(runs)), strict=True)
+    return "".join(f'<span class="key"><i style="background:{colour}"></i>{_text(run.name)}</span>' for run, colour in pairs)
 
 
 def _steps(run: Run) -> str:

@@ -5,7 +5,6 @@ matplotlib is imported when something is drawn. A line or a picture that no run 
 
 import html
 import re
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,9 +21,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#b8860b", "#444444", "#7b3294")
+GREY = "#555555"
 STYLES: tuple[Any, ...] = ("-", "--", ":", "-.")
 SETTINGS: Any = {
-    "svg.fonttype": "none", "svg.hashsalt": "moexpand", "text.parse_math": False, "font.family": "sans-serif", "font.size": 9,
+    "svg.fonttype": "none", "svg.hashsalt": "moexpand", "font.family": "sans-serif", "font.size": 9,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6", "grid.linewidth": 0.6,
     "axes.edgecolor": "#888888", "axes.axisbelow": True, "lines.linewidth": 1.3, "legend.frameon": False,
     "axes.formatter.useoffset": False,
@@ -33,7 +33,9 @@ MOST_POINTS = 1000
 """Of a line; more are thinned to the least and the greatest of equal stretches."""
 FEW_POINTS = 60
 """So many values are marked one by one."""
-LONGEST_NAME = 36
+MANY_POINTS = 400
+"""From so many on, every value is faint, and the medians of equal stretches are strong."""
+STRETCHES = 100
 
 Entries = list[tuple["Artist", str]]
 
@@ -43,7 +45,7 @@ class Run:
     """What is drawn of a run.
 
     Attributes:
-        name: short, and no other run's.
+        name: short, and no other run's; stands beside its colour on the page, and not in the pictures.
         settings: its config.yaml by dotted keys; empty where there is none.
         rows, evaluations: its tables.
     """
@@ -70,11 +72,12 @@ class Plot:
     Attributes:
         title, unit, good: heading, label of the vertical axis, and the line below that says what good looks like.
         lines: figures over steps.
-        draw: draws what lines cannot say, and returns entries of the legend; nothing drawn, no picture.
+        draw: draws what lines cannot say, and returns entries of the legend.
         scale: of the vertical axis; `auto` is `log` where values lie far apart and above 0.
         zero: the axis starts at 0.
         robust: a few values far above all others do not squeeze the rest.
         distance: draw 1 - value.
+        exact: the values have no noise; a long run needs no medians.
         wide: as wide as the page.
     """
 
@@ -87,6 +90,7 @@ class Plot:
     zero: bool = False
     robust: bool = False
     distance: bool = False
+    exact: bool = False
     wide: bool = False
 
 
@@ -95,10 +99,9 @@ def style() -> Iterator[None]:
     """matplotlib with the settings of a report inside, whatever a user's matplotlibrc says."""
     import matplotlib
 
-    with matplotlib.rc_context(), warnings.catch_warnings():
+    with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(SETTINGS)
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # a reader's browser has it
         yield
 
 
@@ -127,8 +130,7 @@ def draw(plot: Plot, runs: Sequence[Run]) -> "Figure | None":
     if not axes.has_data():
         return None
     _limits(axes, plot)
-    if len(entries) > 1 or len(runs) > 1 or plot.draw is not None:
-        _legend(axes, entries, 150 if plot.wide else 70)
+    _legend(axes, entries, 165 if plot.wide else 80)
     return figure
 
 
@@ -147,10 +149,10 @@ def to_svg(figure: "Figure", number: int, title: str) -> str:
 
 
 def _lines(axes: "Axes", plot: Plot, runs: Sequence[Run]) -> Entries:
-    """Several runs: a colour each, and a style for each figure. One run: a colour for each figure."""
+    """One run: a colour for each figure. Several: a colour for each run, a style for each figure."""
     from matplotlib.lines import Line2D
 
-    drawn: list[tuple[int, int]] = []
+    drawn: dict[int, dict[str, Any]] = {}
     palette = colours(len(runs)) if len(runs) > 1 else colours(len(plot.lines))
     for number, run in enumerate(runs):
         for place, line in enumerate(plot.lines):
@@ -163,22 +165,24 @@ def _lines(axes: "Axes", plot: Plot, runs: Sequence[Run]) -> Entries:
             look: dict[str, Any] = {"color": palette[place]}
             if len(runs) > 1:
                 look = {"color": palette[number], "linestyle": STYLES[place]}
-            plain(axes, steps, values, **look)
-            drawn.append((number, place))
-    places = sorted({place for _, place in drawn})
-    if len(runs) == 1:
-        return [(Line2D([], [], color=palette[place]), plot.lines[place].label) for place in places]
-    entries: Entries = [(Line2D([], [], color=palette[number]), runs[number].name) for number in sorted({n for n, _ in drawn})]
-    if len(plot.lines) > 1:
-        entries += [(Line2D([], [], color="#666666", linestyle=STYLES[place]), plot.lines[place].label) for place in places]
-    return entries
+            plain(axes, steps, values, plot.exact, **look)
+            drawn[place] = look if len(runs) == 1 else look | {"color": GREY}
+    if len(plot.lines) == 1 and plot.draw is None:
+        return []  # the heading says it
+    return [(Line2D([], [], **drawn[place]), plot.lines[place].label) for place in sorted(drawn)]
 
 
-def plain(axes: "Axes", steps: np.ndarray, values: np.ndarray, **look: Any) -> None:
-    """A line, its few points marked, its many points thinned."""
-    few = np.isfinite(values).sum() <= FEW_POINTS
-    marked: dict[str, Any] = {"marker": "o", "markersize": 3} if few else {}
-    axes.plot(*thinned(steps, values), **marked | look)
+def plain(axes: "Axes", steps: np.ndarray, values: np.ndarray, exact: bool = False, **look: Any) -> None:
+    """A line, few points marked one by one, many behind the medians of stretches."""
+    points = np.isfinite(values).sum()
+    if points < MANY_POINTS or exact:
+        marked: dict[str, Any] = {"marker": "o", "markersize": 3} if points <= FEW_POINTS else {}
+        axes.plot(*thinned(steps, values), **marked | look)
+        return
+    axes.plot(*thinned(steps, values), **look | {"linestyle": "-", "linewidth": 0.6, "alpha": 0.25})
+    finite = np.isfinite(values)
+    stretches = np.array_split(np.flatnonzero(finite), STRETCHES)
+    axes.plot([np.median(steps[each]) for each in stretches], [np.median(values[each]) for each in stretches], **look)
 
 
 def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -198,12 +202,19 @@ def _repeats(run: Run, line: Line) -> bool:
 
 
 def _limits(axes: "Axes", plot: Plot) -> None:
+    from matplotlib.ticker import NullFormatter
+
     found = [np.asarray(line.get_ydata(), dtype=float) for line in axes.get_lines() if line.get_transform() == axes.transData]
     values = np.concatenate([*found, np.empty(0)])
     values = values[np.isfinite(values)]
     far = plot.scale == "auto" and values.size > 0 and values.min() > 0 and values.max() > 30 * values.min()
     if plot.scale == "log" or far:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        if values.max(initial=1) < 100 * values.min(initial=1):
+            axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+        else:
+            axes.yaxis.set_minor_formatter(NullFormatter())
     elif plot.zero:
         axes.set_ylim(bottom=min(0.0, values.min(initial=0.0)))
     if plot.robust and values.size >= 10 and values.max() > 3 * (usual := float(np.percentile(values, 97))) > 0:
@@ -218,10 +229,8 @@ def _legend(axes: "Axes", entries: Entries, characters: int) -> None:
     """Above the picture, where it hides nothing."""
     if not entries:
         return
-    handles, full = zip(*entries, strict=True)
-    # A leading underscore would hide an entry.
-    names = [
-        f" {name}" if len(name) <= LONGEST_NAME else f" {name[: LONGEST_NAME // 2]}…{name[-LONGEST_NAME // 2 :]}" for name in full
-    ]
-    columns = max(1, min(len(names), characters // (max(map(len, names)) + 6)))
+    handles, names = zip(*entries, strict=True)
+    columns = len(names)
+    if sum(len(name) + 6 for name in names) > characters:
+        columns = max(1, characters // (max(map(len, names)) + 6))
     axes.legend(handles, names, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2, handlelength=1.8)

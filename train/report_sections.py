@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moexpand.train.report_plots import FEW_POINTS, MOST_POINTS, Entries, Line, Plot, Run, colours, thinned
+from moexpand.train.report_plots import FEW_POINTS, GREY, MOST_POINTS, Entries, Line, Plot, Run, colours, plain
 from moexpand.train.tables import series
 
 if TYPE_CHECKING:
@@ -26,46 +26,42 @@ def _loss(axes: "Axes", runs: Sequence[Run]) -> Entries:
 
     entries: Entries = []
     entropies: dict[float, str] = {}
+    training: dict[str, Any] = {"linewidth": 0.8, "alpha": 0.7, "markersize": 2}
+    held_out: dict[str, Any] = {"linewidth": 1.8, "marker": "o", "markersize": 4}
+    one = colours(1)[0] if len(runs) == 1 else GREY
     for run, colour in zip(runs, colours(len(runs)), strict=True):
-        name = f"{run.name}, " if len(runs) > 1 else ""
         steps, values = series(run.rows, "loss")
         if np.isfinite(values).any():
-            look: dict[str, Any] = {"color": colour, "linewidth": 0.7, "alpha": 0.55}
-            marked: dict[str, Any] = {"marker": ".", "markersize": 3} if len(values) < 4 else {}
-            axes.plot(*thinned(steps, values), **look, **marked)
-            entries.append((Line2D([], [], **look), f"{name}training"))
+            plain(axes, steps, values, color=colour, **training)
+            entries.append((Line2D([], [], color=one, **training), "training"))
         steps, values = series(run.evaluations, "held_out_loss")
         if np.isfinite(values).any():
-            look = {"color": colour, "marker": "o", "markersize": 4, "linewidth": 1.6}
-            axes.plot(steps, values, **look)
-            entries.append((Line2D([], [], **look), f"{name}held-out"))
+            marked = held_out if len(steps) <= FEW_POINTS else held_out | {"marker": ""}
+            axes.plot(steps, values, color=colour, **marked)
+            entries.append((Line2D([], [], color=one, **held_out), "held-out"))
         _, values = series(run.evaluations, "unigram_entropy")
         for value in np.unique(values[np.isfinite(values)].round(9)):
             entropies.setdefault(float(value), colour)
+    entries = list({name: (handle, name) for handle, name in entries}.values())
     for value, colour in entropies.items():
-        look = {"color": colour if len(entropies) > 1 else "#444444", "linestyle": "--", "linewidth": 1.0}
-        axes.axhline(value, **look)
+        axes.axhline(value, color=colour if len(entropies) > 1 else GREY, linestyle="--", linewidth=1.0)
     if entropies:
-        entries.append((Line2D([], [], color="#444444", linestyle="--", linewidth=1.0), "entropy of token frequencies"))
+        entries.append((Line2D([], [], color=GREY, linestyle="--", linewidth=1.0), "entropy of token frequencies"))
     return entries + _skipped(axes, runs)
 
 
 def _held_out_differences(axes: "Axes", runs: Sequence[Run]) -> Entries:
     """Each run's held-out loss minus the first's, at the steps that both evaluated."""
-    from matplotlib.lines import Line2D
-
-    entries: Entries = []
     steps, values = series(runs[0].evaluations, "held_out_loss")
     base = dict(zip(steps, values, strict=True))
     for run, colour in list(zip(runs, colours(len(runs)), strict=True))[1:]:
         steps, values = series(run.evaluations, "held_out_loss")
         differences = np.array([value - base.get(step, np.nan) for step, value in zip(steps, values, strict=True)])
         if np.isfinite(differences).any():
-            axes.plot(steps, differences, color=colour, marker="o", markersize=4)
-            entries.append((Line2D([], [], color=colour, marker="o", markersize=4), f"{run.name} - {runs[0].name}"))
-    if entries:
-        axes.axhline(0, color="#444444", linewidth=0.8)
-    return entries
+            axes.plot(steps, differences, color=colour, marker="o" if len(steps) <= FEW_POINTS else "", markersize=4)
+    if axes.has_data():
+        axes.axhline(0, color=colours(1)[0], linewidth=1.0)
+    return []
 
 
 def _clipping(axes: "Axes", runs: Sequence[Run]) -> Entries:
@@ -73,7 +69,7 @@ def _clipping(axes: "Axes", runs: Sequence[Run]) -> Entries:
     from matplotlib.lines import Line2D
 
     norms = {run.settings.get("optim.clip_grad") for run in runs if axes.has_data()}
-    look: dict[str, Any] = {"color": "#444444", "linestyle": ":", "linewidth": 1.2}
+    look: dict[str, Any] = {"color": GREY, "linestyle": (0, (1, 2)), "linewidth": 1.4}
     bounds = [norm for norm in norms if isinstance(norm, int | float) and norm > 0]
     for norm in bounds:
         axes.axhline(norm, **look)
@@ -83,17 +79,15 @@ def _clipping(axes: "Axes", runs: Sequence[Run]) -> Entries:
 def _skipped(axes: "Axes", runs: Sequence[Run]) -> Entries:
     from matplotlib.lines import Line2D
 
-    entries: Entries = []
-    for run, colour in zip(runs, colours(len(runs)), strict=True):
+    look: dict[str, Any] = {"linestyle": "", "marker": "x", "markersize": 6}
+    found = False
+    for run, colour in zip(runs, ["#c00000"] if len(runs) == 1 else colours(len(runs)), strict=True):
         steps = np.array([row["step"] for row in run.rows if row.get("skipped")])
         if len(steps):
             steps = steps[np.unique(np.linspace(0, len(steps) - 1, MOST_POINTS // 4).astype(int))]
-            look: dict[str, Any] = {"color": "#c00000", "linestyle": "", "marker": "x", "markersize": 6}
-            if len(runs) > 1:
-                look["color"] = colour
-            axes.plot(steps, np.full(len(steps), 0.03), transform=axes.get_xaxis_transform(), **look)
-            entries.append((Line2D([], [], **look), f"{run.name}, skipped" if len(runs) > 1 else "skipped steps"))
-    return entries
+            axes.plot(steps, np.full(len(steps), 0.03), transform=axes.get_xaxis_transform(), color=colour, **look)
+            found = True
+    return [(Line2D([], [], color="#c00000" if len(runs) == 1 else GREY, **look), "skipped steps")] if found else []
 
 
 def phase_names(runs: Sequence[Run]) -> list[str]:
@@ -124,7 +118,9 @@ def _stacked(axes: "Axes", run: Run, names: list[str]) -> Entries:
     }
     if "forward_backward" in parts:
         inside = sum((parts[name] for name in FORWARD if name in parts), np.zeros(len(steps)))
-        parts["rest of forward, and backward"] = np.maximum(parts.pop("forward_backward") - inside, 0)
+        rest = np.maximum(parts.pop("forward_backward") - inside, 0)
+        forward = {name: parts.pop(name) for name in FORWARD if name in parts}
+        parts = forward | {"backward and the rest of forward": rest} | parts
     bottom = np.zeros(len(steps))
     width = 0.8 * float(np.diff(steps).min(initial=np.inf)) if len(steps) > 1 else 0.8
     for (_, values), colour in zip(parts.items(), palette := colours(len(parts)), strict=True):
@@ -133,11 +129,11 @@ def _stacked(axes: "Axes", run: Run, names: list[str]) -> Entries:
         else:
             axes.fill_between(steps, bottom, bottom + values, color=colour, linewidth=0)
         bottom = bottom + values
+    axes.set_ylim(bottom=0)
     return [(Patch(color=colour), name) for name, colour in zip(parts, palette, strict=True)]
 
 
 def _bars(axes: "Axes", runs: Sequence[Run], names: list[str]) -> Entries:
-    from matplotlib.patches import Patch
     from matplotlib.ticker import AutoLocator
 
     height = 0.8 / len(runs)
@@ -148,14 +144,14 @@ def _bars(axes: "Axes", runs: Sequence[Run], names: list[str]) -> Entries:
             if len(values):
                 axes.barh(place + (number - (len(runs) - 1) / 2) * height, float(np.median(values)), height, color=colour)
     axes.set(xlabel="seconds, median", ylabel="", yticks=range(len(names)))
-    axes.set_yticklabels([name.replace("_", " ") for name in names])
+    axes.set_yticklabels(names)
     axes.xaxis.set_major_locator(AutoLocator())
-    axes.invert_yaxis()
-    return [(Patch(color=colour), run.name) for run, colour in zip(runs, colours(len(runs)), strict=True)]
+    axes.grid(axis="y", visible=False)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    return []
 
 
 # ---------------------------------------------------------------- the sections
-
 
 _SIBLINGS = (
     Line("moe/sibling_weights", "sibling_weights"),
@@ -221,6 +217,7 @@ SECTIONS = (
                 "Follows optim.schedule; the routers' rate appears where it differs.",
                 (Line("lr", "learning rate"), Line("router_lr", "of the routers", unlike="lr")),
                 zero=True,
+                exact=True,
             ),
         ),
     ),
@@ -233,14 +230,14 @@ SECTIONS = (
                 "Spread of the experts' load",
                 "standard deviation / mean",
                 "load_cv: 0 is uniform; a steady rise is a router that collapses on few experts.",
-                (Line("moe/load_cv", "load_cv, all experts"), Line("moe/group_load_cv", "group_load_cv, inside groups")),
+                (Line("moe/load_cv", "load_cv"), Line("moe/group_load_cv", "group_load_cv (inside groups)")),
                 zero=True,
             ),
             Plot(
                 "Busiest expert",
                 "largest load / mean",
                 "load_max: 1 is uniform; the busiest expert decides the memory and the time of its rank.",
-                (Line("moe/load_max", "load_max, all experts"), Line("moe/group_load_max", "group_load_max, inside groups")),
+                (Line("moe/load_max", "load_max"), Line("moe/group_load_max", "group_load_max (inside groups)")),
                 scale="auto",
             ),
             Plot(
@@ -258,15 +255,15 @@ SECTIONS = (
             ),
             Plot(
                 "Balance losses",
-                "loss before its coefficient",
+                "loss without coefficient",
                 "balance_loss: 1 is uniform; a rise says that its coefficient is too small.",
-                (Line("moe/balance_loss", "balance_loss"), Line("moe/group_balance_loss", "group_balance_loss, inside groups")),
+                (Line("moe/balance_loss", "balance_loss"), Line("moe/group_balance_loss", "group_balance_loss (inside groups)")),
             ),
             Plot(
                 "Rows that the ranks' experts computed",
                 "over the mean of the ranks",
                 "rank_rows_cv: 0 and rank_rows_max: 1 are even work; all ranks wait for the largest.",
-                (Line("moe/rank_rows_max", "rank_rows_max, largest"), Line("moe/rank_rows_cv", "rank_rows_cv, spread")),
+                (Line("moe/rank_rows_max", "rank_rows_max"), Line("moe/rank_rows_cv", "rank_rows_cv")),
                 zero=True,
             ),
         ),
@@ -303,7 +300,7 @@ SECTIONS = (
             ),
             Plot(
                 "Router z-loss",
-                "squared logsumexp, before its coefficient",
+                "squared logsumexp",
                 "z_loss: steady or falling; growth is logits that run away.",
                 (Line("moe/z_loss", "z_loss"),),
                 scale="auto",
@@ -348,7 +345,7 @@ SECTIONS = (
                 "Time of a step and wait for data",
                 "seconds",
                 "data_seconds: near 0 beside the time of the whole step.",
-                (Line("seconds", "whole step"), Line("data_seconds", "data_seconds, wait for data")),
+                (Line("seconds", "whole step"), Line("data_seconds", "data_seconds (wait for data)")),
                 zero=True,
                 robust=True,
             ),
@@ -357,7 +354,6 @@ SECTIONS = (
                 "seconds",
                 "Experts and backward dominate; dispatch and combine are communication. Router to combine: forward alone.",
                 draw=_phases,
-                zero=True,
                 wide=True,
             ),
         ),
