@@ -97,10 +97,10 @@ th { font-weight: 600; } th.run { border-bottom: 3px solid; } td { overflow-wrap
 code { font-size: .95em; overflow-wrap: normal; } details { margin: .6em 0; } summary { cursor: pointer; }
 .key { display: inline-block; margin: 0 1.5em .8em 0; font-size: .9em; }
 .key i { display: inline-block; width: 1.6em; height: .3em; margin: 0 .4em .2em 0; }
-.plots { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 1.6em 2em; }
-figure { margin: 0; } figure.wide { grid-column: 1 / -1; } figure svg { width: 100%; height: auto; display: block; }
+.plots { display: flex; flex-wrap: wrap; gap: 1.6em 2%; }
+figure { margin: 0; width: 49%; } figure.wide { width: 100%; } figure svg { width: 100%; height: auto; display: block; }
 figcaption { color: #555; font-size: .87em; }
-@media (max-width: 800px) { .plots { grid-template-columns: minmax(0, 1fr); } }
+@media (max-width: 800px) { figure { width: 100%; } }
 @media print { figure, tr { break-inside: avoid; } nav { display: none; } }
 """
 
@@ -180,9 +180,11 @@ def read_settings(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path} is damaged: it is no YAML of keys; write it anew or remove it.")
     settings = dict(_flat(tree))
     if settings.get("checkpoint") is None:
-        return settings
-    settings = {key: value for key, value in settings.items() if not key.startswith("model.")}
-    return settings | _of_checkpoint(Path(str(settings["checkpoint"])), folder)
+        return settings | {"checkpoint": "fresh weights"}
+    shape = {key for key in settings if key.startswith("model.")} | SETTINGS["model"].keys()
+    found = _of_checkpoint(Path(str(settings["checkpoint"])), folder)
+    settings = {key: value for key, value in settings.items() if key not in shape}
+    return settings | {key: value for key, value in found.items() if key in shape or key.startswith("expansion.")}
 
 
 def _of_checkpoint(checkpoint: Path, folder: Path) -> dict[str, Any]:
@@ -263,14 +265,16 @@ def _head(folders: Sequence[Path], runs: Sequence[Run]) -> str:
 
 
 def _differences(runs: Sequence[Run]) -> str:
-    """All keys whose values are not the same in all runs."""
-    keys = list(dict.fromkeys(key for run in runs if run.settings for key in run.settings))
-    told = {key: [_value(run.settings.get(key, "")) for run in runs] for key in keys if key != "run.dir"}
-    rows = [[f"<code>{_text(key)}</code>", *map(_text, values)] for key, values in told.items() if len(set(values)) > 1]
+    """All keys whose values are not the same in all runs that have a config.yaml."""
+    rows = []
+    for key in dict.fromkeys(key for run in runs for key in run.settings if key != "run.dir"):
+        told = [_value(run.settings.get(key, "")) for run in runs]
+        if len({value for value, run in zip(told, runs, strict=True) if run.settings}) > 1:
+            rows.append([f"<code>{_text(key)}</code>", *map(_text, told)])
     if not rows:
         return ""
     table = _table(["key", *_run_headings(runs)], rows)
-    return f"<details open><summary>{len(rows)} keys differ between the runs</summary>{table}</details>"
+    return f"<details open><summary>Keys that differ between the runs: {len(rows)}</summary>{table}</details>"
 
 
 def _figures(runs: Sequence[Run]) -> str:

@@ -162,9 +162,9 @@ def _lines(axes: "Axes", plot: Plot, runs: Sequence[Run]) -> Entries:
                 values = np.where(values > 0, values, np.nan)
             if not np.isfinite(values).any() or _repeats(run, line):
                 continue
-            look: dict[str, Any] = {"color": palette[place]}
+            look: dict[str, Any] = {"color": palette[place if len(runs) == 1 else number]}
             if len(runs) > 1:
-                look = {"color": palette[number], "linestyle": STYLES[place]}
+                look["linestyle"] = STYLES[place]
             plain(axes, steps, values, plot.exact, **look)
             drawn[place] = look if len(runs) == 1 else look | {"color": GREY}
     if len(plot.lines) == 1 and plot.draw is None:

@@ -57,8 +57,9 @@ def _held_out_differences(axes: "Axes", runs: Sequence[Run]) -> Entries:
     for run, colour in list(zip(runs, colours(len(runs)), strict=True))[1:]:
         steps, values = series(run.evaluations, "held_out_loss")
         differences = np.array([value - base.get(step, np.nan) for step, value in zip(steps, values, strict=True)])
-        if np.isfinite(differences).any():
-            axes.plot(steps, differences, color=colour, marker="o" if len(steps) <= FEW_POINTS else "", markersize=4)
+        both = np.isfinite(differences)
+        if both.any():
+            axes.plot(steps[both], differences[both], color=colour, marker="o" if len(steps) <= FEW_POINTS else "", markersize=4)
     if axes.has_data():
         axes.axhline(0, color=colours(1)[0], linewidth=1.0)
     return []
@@ -92,7 +93,8 @@ def _skipped(axes: "Axes", runs: Sequence[Run]) -> Entries:
 
 def phase_names(runs: Sequence[Run]) -> list[str]:
     """Parts of a step that some run measured, those of the forward pass first."""
-    found = {key.removeprefix("time/"): None for run in runs for row in run.rows for key in row if key.startswith("time/")}
+    keys = {key: None for run in runs for row in run.rows for key, value in row.items() if value is not None}
+    found = [key.removeprefix("time/") for key in keys if key.startswith("time/")]
     return [name for name in FORWARD if name in found] + [name for name in found if name not in FORWARD]
 
 
@@ -121,14 +123,14 @@ def _stacked(axes: "Axes", run: Run, names: list[str]) -> Entries:
         rest = np.maximum(parts.pop("forward_backward") - inside, 0)
         forward = {name: parts.pop(name) for name in FORWARD if name in parts}
         parts = forward | {"backward and the rest of forward": rest} | parts
-    bottom = np.zeros(len(steps))
-    width = 0.8 * float(np.diff(steps).min(initial=np.inf)) if len(steps) > 1 else 0.8
-    for (_, values), colour in zip(parts.items(), palette := colours(len(parts)), strict=True):
-        if len(steps) <= FEW_POINTS:
-            axes.bar(steps, values, width, bottom, color=colour, linewidth=0)
-        else:
-            axes.fill_between(steps, bottom, bottom + values, color=colour, linewidth=0)
-        bottom = bottom + values
+    stretches = np.array_split(np.arange(len(steps)), min(len(steps), FEW_POINTS))
+    places = np.array([np.median(steps[each]) for each in stretches])
+    width = 0.8 * max(np.diff(places).min(), (places[-1] - places[0]) / 200) if len(places) > 1 else 0.8
+    bottom = np.zeros(len(places))
+    for values, colour in zip(parts.values(), palette := colours(len(parts)), strict=True):
+        heights = np.array([np.median(values[each]) for each in stretches])
+        axes.bar(places, heights, width, bottom, color=colour, linewidth=0)
+        bottom += heights
     axes.set_ylim(bottom=0)
     return [(Patch(color=colour), name) for name, colour in zip(parts, palette, strict=True)]
 
