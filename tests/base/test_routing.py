@@ -316,12 +316,14 @@ def test_equal_logits_tie_and_go_to_the_lowest_index(scoring: str) -> None:
     holds()
 
 
+@pytest.mark.parametrize("bias", [None, 0.25])
 @pytest.mark.parametrize("scoring", SCORINGS)
-def test_equal_logits_tie_at_every_place_of_a_row(scoring: str) -> None:
-    """Also where a row is no multiple of what the processor computes at once."""
+def test_equal_logits_tie_at_every_place_of_a_row(scoring: str, bias: float | None) -> None:
+    """Also where a row is no multiple of what the processor computes at once, and with equal selection biases."""
     for experts in (17, 33, 60):
+        bias_E = None if bias is None else torch.full((experts,), bias)
         for logit in np.arange(-6, 6, 1 / 16).tolist():
-            chosen = route(torch.full((1, experts), logit), 4, scoring=scoring)[1]
+            chosen = route(torch.full((1, experts), logit), 4, scoring=scoring, bias_E=bias_E)[1]
             assert chosen.tolist() == [[0, 1, 2, 3]], (experts, logit)
 
 

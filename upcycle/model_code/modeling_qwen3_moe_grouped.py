@@ -107,7 +107,11 @@ def route(
     scores_TE = probabilities_TE if scoring == "softmax" else torch.sigmoid(logits_TE)
     if chosen_TK is None:
         # Scores rise with the logits, which are equal exactly where they should be.
-        chosen_TK = select_experts(logits_TE if bias_E is None else scores_TE.detach() + bias_E, top_k, groups)
+        keys_TE = logits_TE.detach()
+        if bias_E is not None:
+            # The last bit of a CPU's logistic function depends on the place in the row, so it is rounded from float64.
+            keys_TE = (torch.sigmoid(keys_TE.double()).to(keys_TE) if scoring == "sigmoid" else scores_TE.detach()) + bias_E
+        chosen_TK = select_experts(keys_TE, top_k, groups)
     if renormalise:
         # score_i / sum of the chosen scores, also where these are too small for a float
         chosen_logits_TK = logits_TE.gather(1, chosen_TK)
