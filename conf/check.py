@@ -26,6 +26,8 @@ class Numbers(Protocol):
     @property
     def router_n_groups(self) -> int: ...
     @property
+    def hidden_size(self) -> int: ...
+    @property
     def num_hidden_layers(self) -> int: ...
     @property
     def num_attention_heads(self) -> int: ...
@@ -54,6 +56,7 @@ def check_train(config: TrainCommand, model: Numbers, world_size: int) -> None:
     """
     check_experts(model)
     check_layout(config.parallel, model, world_size)
+    check_products(config.parallel, model, config.precision.name)
     _check_batch(config, world_size)
     _check_schedule(config.optim, config.train.steps)
     _check_router(config, model)
@@ -70,6 +73,7 @@ def check_calibrate(config: CalibrateCommand, model: Numbers, world_size: int) -
         InputError: the first combination that cannot work.
     """
     check_layout(config.parallel, model, world_size, "processes")
+    check_products(config.parallel, model, config.precision.name)
     check_sequence("seq_length", config.seq_length, config.parallel)
     if config.parallel.context > 1:
         raise InputError(
@@ -129,6 +133,24 @@ def check_layout(parallel: Parallel, model: Numbers, world_size: int, workers: s
         _check_dispatcher(parallel, model)
     elif expert > 1:
         raise InputError(f"parallel.expert={expert} splits experts and the model has none; give parallel.expert=1.")
+
+
+def check_products(parallel: Parallel, model: Numbers, precision: str) -> None:
+    """Check that torch's grouped matrix products take the experts' rows, which must be whole pieces of 16 bytes.
+
+    Raises:
+        InputError: hidden size or the part of the intermediate size that a rank holds is no such multiple.
+    """
+    numbers = 8 if precision == "bf16" else 4
+    inner = model.moe_intermediate_size // parallel.expert_tensor
+    split = f" / parallel.expert_tensor={parallel.expert_tensor}" if parallel.expert_tensor > 1 else ""
+    widths = {"hidden_size": model.hidden_size, f"moe_intermediate_size{split}": inner}
+    for name, width in widths.items():
+        if model.num_experts and width % numbers:
+            advice = "choose a smaller parallel.expert_tensor" if split and name != "hidden_size" else "choose another width"
+            raise InputError(
+                f"{name} = {width} is not a multiple of {numbers}, which grouped matrix products in {precision} need; {advice}."
+            )
 
 
 def _check_stages(parallel: Parallel, layers: int) -> None:

@@ -4,50 +4,16 @@ Written as one function with its own backward pass for three reasons: rows are g
 times the tokens), sums over a token's rows are bag sums (no atomics, so the same bits every time), and nothing is computed
 that the backward pass can take from what the forward pass has.
 
-Legend: U tokens, C experts that a token visits here, R = U x C rows (token copies, sorted by expert), E local experts, H hidden,
-I intermediate.
+Legend: U tokens, C experts that a token visits here, R rows (token copies, sorted by expert; see rows.py), E local experts,
+H hidden, I intermediate.
 """
 
-from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch.nn.functional import embedding_bag, silu
 
-
-@dataclass(frozen=True)
-class Rows:
-    """Where the rows of each expert lie, and which token each row copies.
-
-    Attributes:
-        ends: int32 [E], where each expert's rows end.
-        token_of_row: int64 [R], or None where the input is the rows themselves.
-        row_of_visit: int64 [U, C], the row of every visit of a token.
-        visit_of_row: int64 [R], the inverse, over U x C flattened.
-    """
-
-    ends: torch.Tensor
-    token_of_row: torch.Tensor | None = None
-    row_of_visit: torch.Tensor | None = None
-    visit_of_row: torch.Tensor | None = None
-
-    @classmethod
-    def sort(cls, local_UC: torch.Tensor, experts: int) -> "Rows":
-        """The rows of a choice of local experts, int64 [U, C] with values 0 ... experts - 1."""
-        # Narrow numbers sort several times faster.
-        keys_R = local_UC.flatten().to(torch.int16 if experts <= 2**15 - 1 else torch.int32)
-        visit_of_row = torch.argsort(keys_R, stable=True)
-        row_of_visit = torch.empty_like(visit_of_row)
-        row_of_visit.scatter_(0, visit_of_row, torch.arange(len(visit_of_row), device=local_UC.device))
-        counts_E = torch.bincount(local_UC.flatten(), minlength=experts)
-        ends = counts_E.cumsum(0).to(torch.int32)
-        return cls(ends, visit_of_row // local_UC.shape[1], row_of_visit.view(local_UC.shape), visit_of_row)
-
-    @classmethod
-    def given(cls, rows_per_expert: torch.Tensor, device: torch.device) -> "Rows":
-        """Rows that a dispatcher has sorted already; int [E]."""
-        return cls(rows_per_expert.to(device).cumsum(0).to(torch.int32))
+from moexpand.parallel.rows import Rows
 
 
 class InnerSums:
@@ -66,27 +32,11 @@ class InnerSums:
         self.sums = torch.zeros(experts, inner, dtype=wide, device=down.device)
         self.rows = torch.zeros(experts, dtype=torch.int64, device=down.device)
 
-    def add(self, inner_RI: torch.Tensor, ends: torch.Tensor) -> None:
-        """Add sorted rows."""
-        bounds = torch.cat((ends.new_zeros(1), ends)).long()
-        rows = torch.arange(len(inner_RI), device=ends.device)
-        self.sums += embedding_bag(rows, inner_RI.to(self.sums.dtype), offsets=bounds[:-1], mode="sum")
-        self.rows += bounds.diff()
-
-
-def grouped_product(left: torch.Tensor, right: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """Products of each expert's rows, without a loop over experts.
-
-    Either [R, X] rows by [E, X, Y] weights to [R, Y], or [X, R] by [R, Y] to [E, X, Y], summed over each expert's rows; an expert
-    without rows gets zeros.
-    """
-    if left.dtype == torch.float64:  # torch's grouped product has no float64, which tests alone use
-        bounds = [0, *ends.tolist()]
-        spans = [slice(start, stop) for start, stop in pairwise(bounds)]
-        if right.dim() == 3:
-            return torch.cat([left[span] @ weight for span, weight in zip(spans, right, strict=True)])
-        return torch.stack([left[:, span] @ right[span] for span in spans])
-    return torch.nn.functional.grouped_mm(left, right, offs=ends)
+    def add(self, inner_RI: torch.Tensor, rows: Rows) -> None:
+        """Add the rows of all experts."""
+        starts_E = rows.counts.cumsum(0) - rows.counts
+        self.sums += embedding_bag(rows.real(), inner_RI.to(self.sums.dtype), offsets=starts_E, mode="sum")
+        self.rows += rows.counts
 
 
 class _Scratch:
@@ -128,16 +78,16 @@ class _ExpertMLP(torch.autograd.Function):
         inner_sums: InnerSums | None,
     ) -> torch.Tensor:
         x_RH = _scratch.gather(x, rows.token_of_row)
-        w_R = weights if rows.visit_of_row is None else weights.flatten().index_select(0, rows.visit_of_row)
-        gate_up_R2I = grouped_product(x_RH, gate_up.transpose(1, 2), rows.ends)
+        w_R = rows.spread(weights)
+        gate_up_R2I = rows.times(x_RH, gate_up.transpose(1, 2))
         gate_RI, up_RI = gate_up_R2I.chunk(2, dim=-1)
         inner_RI = silu(gate_RI).mul_(up_RI)
         if inner_sums is not None:
-            inner_sums.add(inner_RI, rows.ends)
+            inner_sums.add(inner_RI, rows)
         inner_RI.mul_(w_R.to(x.dtype)[:, None])
-        out_RH = grouped_product(inner_RI, down.transpose(1, 2), rows.ends)
+        out_RH = rows.times(inner_RI, down.transpose(1, 2))
         ctx.save_for_backward(x, w_R, gate_up_R2I, gate_up, down)
-        ctx.rows, ctx.weights_dtype = rows, weights.dtype
+        ctx.rows, ctx.weights_shape = rows, weights.shape
         return out_RH if rows.row_of_visit is None else _sum_visits(out_RH, rows.row_of_visit)
 
     @staticmethod
@@ -147,22 +97,22 @@ class _ExpertMLP(torch.autograd.Function):
         gradient_RH = _scratch.gather(gradient.contiguous(), rows.token_of_row)
         gate_RI, up_RI = gate_up_R2I.chunk(2, dim=-1)
         weight_R1 = w_R.to(x.dtype)[:, None]
-        d_weighted_RI = grouped_product(gradient_RH, down, rows.ends)
+        d_weighted_RI = rows.times(gradient_RH, down)
         active_RI = silu(gate_RI)
         inner_RI = active_RI * up_RI
         d_w_R = (d_weighted_RI * inner_RI).sum(-1, dtype=w_R.dtype)
-        d_down = grouped_product(gradient_RH.t(), inner_RI.mul_(weight_R1), rows.ends)
+        d_down = rows.outer(gradient_RH, inner_RI.mul_(weight_R1))
         d_inner_RI = d_weighted_RI.mul_(weight_R1)
         d_gate_up_R2I = torch.empty_like(gate_up_R2I)
         d_gate_RI, d_up_RI = d_gate_up_R2I.chunk(2, dim=-1)
         torch.mul(d_inner_RI, active_RI, out=d_up_RI)
         torch.ops.aten.silu_backward.grad_input(d_inner_RI.mul_(up_RI), gate_RI, grad_input=d_gate_RI)
         x_RH = _scratch.gather(x, rows.token_of_row)  # where the gradient's rows were
-        d_gate_up = grouped_product(d_gate_up_R2I.t(), x_RH, rows.ends)
-        d_x_RH = grouped_product(d_gate_up_R2I, gate_up, rows.ends)
+        d_gate_up = rows.outer(d_gate_up_R2I, x_RH)
+        d_x_RH = rows.times(d_gate_up_R2I, gate_up)
         if rows.row_of_visit is None:
             return d_x_RH, d_w_R, d_gate_up, d_down, None, None
-        d_weights = d_w_R.index_select(0, rows.row_of_visit.flatten()).view(rows.row_of_visit.shape)
+        d_weights = d_w_R.index_select(0, rows.row_of_visit.flatten()).view(ctx.weights_shape)
         return _sum_visits(d_x_RH, rows.row_of_visit), d_weights, d_gate_up, d_down, None, None
 
 

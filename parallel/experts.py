@@ -11,7 +11,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from moexpand.parallel.expert_mlp import InnerSums, Rows, expert_mlp
+from moexpand.parallel.expert_mlp import InnerSums, expert_mlp
+from moexpand.parallel.rows import Rows
 
 
 class GroupedExperts(MegatronModule):
@@ -38,6 +39,14 @@ class GroupedExperts(MegatronModule):
         self.average_outputs = False
         self.inner_sums: InnerSums | None = None
         self.rows_computed = 0
+
+    def sort(self, local_UC: torch.Tensor) -> Rows:
+        """The rows of a choice among the local experts, int64 [U, C]."""
+        return Rows.sort(local_UC, self.num_local_experts, self.down[0].numel())
+
+    def sorted(self, rows_per_expert: torch.Tensor) -> Rows:
+        """Rows that lie in order already, int [E]."""
+        return Rows.given(rows_per_expert, self.down.device, self.down[0].numel())
 
     def forward(self, x: torch.Tensor, weights: torch.Tensor, rows: Rows) -> torch.Tensor:
         """Run tokens through the experts that they visit.

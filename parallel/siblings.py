@@ -20,7 +20,6 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
 from moexpand.parallel import cpu
 from moexpand.parallel.engine import Engine
-from moexpand.parallel.expert_mlp import Rows
 from moexpand.parallel.experts import GroupedExperts
 from moexpand.parallel.moe import GroupedMoELayer
 
@@ -108,7 +107,7 @@ def _output_cosine(layer: GroupedMoELayer, parents: torch.Tensor, probe_NH: torc
     probe = probe_NH.clone()
     dist.broadcast(probe, dist.get_global_rank(layer.stage_group, 0), group=layer.stage_group)
     local, tokens = experts.num_local_experts, len(probe)
-    rows = Rows.given(torch.full((local,), tokens), probe.device)
+    rows = experts.sorted(torch.full((local,), tokens))
     outputs = experts(probe.repeat(local, 1), probe.new_ones(local * tokens, dtype=torch.float32), rows)
     outputs = outputs.view(local, tokens, -1).float()
     if experts.tensor_group.size() > 1:

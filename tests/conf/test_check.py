@@ -80,6 +80,13 @@ def test_layouts_that_work_pass(world_size: int, overrides: list[str]) -> None:
             "split evenly; choose 1024 or 1028.",
         ),
         (5, ["parallel.expert_tensor=5"], "moe_intermediate_size=48 is not a multiple of parallel.expert_tensor=5"),
+        (
+            4,
+            ["parallel.expert_tensor=4", "precision.name=bf16"],
+            "moe_intermediate_size / parallel.expert_tensor=4 = 12 is not a multiple of 8, which grouped matrix products in bf16 "
+            "need; choose a smaller parallel.expert_tensor.",
+        ),
+        (1, ["model.hidden_size=190"], "hidden_size = 190 is not a multiple of 4, which grouped matrix products in fp32 need"),
         (1, ["parallel.interleave=2"], "parallel.interleave=2 cuts pipeline stages in parts and parallel.pipeline=1"),
         (
             2,
@@ -140,6 +147,7 @@ def test_groups_pass_exactly_when_both_can_be_split(experts: int, top_k: int, gr
 def test_any_object_with_hugging_face_names_will_do() -> None:
     @dataclass(frozen=True)
     class FromCheckpoint:
+        hidden_size: int = 192
         num_experts: int = 512
         num_experts_per_tok: int = 8
         router_n_groups: int = 8

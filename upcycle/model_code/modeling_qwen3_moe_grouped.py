@@ -50,11 +50,11 @@ def select_experts(scores_TE: torch.Tensor, top_k: int, groups: int = 1) -> torc
         picks = scores_TGM.argmax(-1, keepdim=True)
     elif scores_TE.device.type == "cpu":
         # torch.topk leaves the order of equal scores open, so the few rows that have any are sorted.
-        values, picks = scores_TGM.topk(min(per_group + 1, size), dim=-1)
-        tied_TG = (values[..., 1:] == values[..., :-1]).any(-1)
+        values, picks = scores_TGM.topk(per_group, dim=-1)
+        contenders_TG = (scores_TGM >= values[..., -1:]).sum(-1)
+        tied_TG = (contenders_TG != per_group) | (values[..., 1:] == values[..., :-1]).any(-1)
         if tied_TG.any():
-            picks[tied_TG] = scores_TGM[tied_TG].sort(dim=-1, descending=True, stable=True).indices[:, : picks.shape[-1]]
-        picks = picks[..., :per_group]
+            picks[tied_TG] = scores_TGM[tied_TG].sort(dim=-1, descending=True, stable=True).indices[:, :per_group]
     else:
         # Looking for ties would make the host wait for the GPU; a stable sort keeps the lowest index first.
         picks = scores_TGM.sort(dim=-1, descending=True, stable=True).indices[..., :per_group]
