@@ -1,7 +1,6 @@
 """Processes and their groups: torch.distributed and Megatron-Core's parallel state, started and stopped in one place."""
 
 import datetime
-import math
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -73,7 +72,7 @@ def start(layout: Layout, timeout_seconds: float = 600.0) -> Ranks:
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
         create_gloo_process_groups=gpu,
-        distributed_timeout_minutes=math.ceil(timeout_seconds / 60),
+        distributed_timeout_minutes=timeout_seconds / 60,
     )
     # Weights are filled by name and there is no dropout; Megatron-Core still asks its tracker for a random state.
     model_parallel_cuda_manual_seed(0)
@@ -86,6 +85,21 @@ def start(layout: Layout, timeout_seconds: float = 600.0) -> Ranks:
         first_stage=parallel_state.is_pipeline_first_stage(),
         last_stage=parallel_state.is_pipeline_last_stage(),
     )
+
+
+def lost_peer(error: BaseException) -> str | None:
+    """What became of a peer, as the end of a sentence, where an error of a collective means that one is gone; None otherwise.
+
+    gloo and NCCL have no types for these errors, only texts.
+    """
+    text = str(error)
+    if not isinstance(error, (RuntimeError, dist.DistError)):
+        return None
+    if any(words in text for words in ("Timed out waiting", "timed out", "Timeout")):
+        return "did not answer in time (parallel.timeout_seconds)"
+    if any(words in text for words in ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed")):
+        return "closed its connection"
+    return "failed" if "NCCL error" in text else None
 
 
 def stop() -> None:

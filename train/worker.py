@@ -36,8 +36,7 @@ def work(command: str, words: list[str], folder_of: Callable[[Any], Path], run: 
         code, message = error.exit_code, str(error)
         traceback.print_exc()
     except Exception as error:
-        first = (str(error).splitlines() or [""])[0]
-        code, message = ENVIRONMENT, f"A worker failed with {type(error).__name__}: {first}"
+        code, message = ENVIRONMENT, _told(error)
         traceback.print_exc()
     if folder is not None and (code or os.environ.get("RANK", "0") == "0"):
         write_result(folder, code, message, attempt())
@@ -47,6 +46,21 @@ def work(command: str, words: list[str], folder_of: Callable[[Any], Path], run: 
         sys.stderr.flush()
         os._exit(code)
     return DONE if code == STOPPED and attempt() else code
+
+
+def _told(error: Exception) -> str:
+    """The sentence for an error that nobody foresaw."""
+    if "moexpand.parallel.ranks" in sys.modules:
+        from moexpand.parallel.ranks import lost_peer
+
+        fate = lost_peer(error)
+        if fate is not None:
+            return (
+                f"Rank {os.environ.get('RANK', '0')} stopped because a peer {fate}; find in the log which rank failed first and "
+                "why, then start again (training goes on from the newest checkpoint)."
+            )
+    first = (str(error).splitlines() or [""])[0]
+    return f"A worker failed with {type(error).__name__}: {first}"
 
 
 def attempt() -> str:
