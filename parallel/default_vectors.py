@@ -60,7 +60,7 @@ class DefaultVectors(torch.nn.Module):
             experts: this rank's; all together hold every expert.
             groups: over which sums add up to the step's.
         """
-        sums_eH, rows_e = experts.take_output_sums()
+        sums_eH, rows_e = experts.output_sums()
         local, rank = experts.num_local_experts, experts.ep_group.rank()
         table = torch.zeros(len(self.weight), self.total.shape[1] + 1, dtype=self.total.dtype, device=self.total.device)
         own = table[rank * local : (rank + 1) * local]

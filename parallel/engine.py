@@ -122,7 +122,7 @@ class Engine:
             grad_norm, updated = optimizer.update(self.optimizer)
         table, rank_rows = self._statistics()
         for layer in self.moe_layers:
-            layer.end_step(table[layer.router.layer, :-3])
+            layer.end_step(table[layer.router.layer, :-3], updated)
         table = table.cpu()
         balance, group_balance, z_loss = (table[:, -3:] / max(tokens, 1)).unbind(1)
         return StepReport(

@@ -65,12 +65,16 @@ class GroupedExperts(MegatronModule):
             self.inner_sums = InnerSums(self.down)
         return expert_mlp(x, weights, self.gate_up.flatten(1, 2), self.down, rows, self.inner_sums if collecting else None)
 
-    def take_output_sums(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sum of each local expert's outputs since the last call, unweighted, fp32 or wider [E, H], and their number int64 [E].
+    def forget_output_sums(self) -> None:
+        """Begin anew with the outputs of the next step."""
+        self.inner_sums = None
+
+    def output_sums(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum of each local expert's outputs in this step, unweighted, fp32 or wider [E, H], and their number int64 [E].
 
         Under expert tensor parallelism the sums are this rank's share.
         """
-        taken, self.inner_sums = self.inner_sums or InnerSums(self.down), None
+        taken = self.inner_sums or InnerSums(self.down)
         sums_EH = torch.bmm(self.down.detach().to(taken.sums.dtype), taken.sums[:, :, None])[:, :, 0]
         return sums_EH, taken.rows
 

@@ -53,6 +53,7 @@ def transformer_config(shape: ModelShape, layout: Layout, dtype: torch.dtype) ->
         moe_router_topk=shape.num_experts_per_tok,
         moe_token_dispatcher_type="alltoall" if layout.dispatcher == "alltoall" else "allgather",
         moe_router_load_balancing_type="none",
+        moe_router_pre_softmax=True,  # their router, which is not used here, would refuse top-1
         moe_router_dtype="fp32",
         moe_grouped_gemm=False,
         normalization="RMSNorm",

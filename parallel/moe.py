@@ -96,8 +96,13 @@ class GroupedMoELayer(MoELayer):
             outputs = dispatcher.token_combine(dispatcher.combine_preprocess(outputs))
             return dispatcher.combine_postprocess(outputs).flatten(0, 1)
 
-    def end_step(self, dispatched_E: torch.Tensor) -> None:
-        """What a layer carries from a step to the next: its load, float64 [E] over all ranks, and the default vectors."""
-        self.router.end_step(dispatched_E)
-        if self.default_vectors is not None:
-            self.default_vectors.update(self.experts, (self.stage_group,))
+    def end_step(self, dispatched_E: torch.Tensor, updated: bool) -> None:
+        """What a layer carries from a step to the next: its load, float64 [E] over all ranks, and the default vectors.
+
+        A step that did not update the weights leaves these as they are too.
+        """
+        if updated:
+            self.router.end_step(dispatched_E)
+            if self.default_vectors is not None:
+                self.default_vectors.update(self.experts, (self.stage_group,))
+        self.experts.forget_output_sums()

@@ -42,7 +42,8 @@ class RouterWatch:
     """Measures, for each layer, averaged over its tokens:
 
     * `entropy`: of the probabilities, over ln E; 1 when the router does not care.
-    * `margin`: logit of the last chosen minus logit of the first unchosen expert, mean over the groups.
+    * `margin`: least logit of a chosen expert minus greatest of one that was left out, mean over the groups; below 0 where a
+      selection bias or replayed routes decide against the logits.
     * `parent_overlap`: part of the experts that the parent's router would choose, given the child's hidden state, whose copies
       are visited; `parents`: distinct parents visited. Only of layers in `parents`.
 
@@ -75,12 +76,12 @@ class RouterWatch:
         chosen_TK: torch.Tensor,
     ) -> None:  # fmt: skip
         layer, groups = router.layer, router.groups
-        logits_TGM, per_group = logits_TE.unflatten(1, (groups, -1)), chosen_TK.shape[1] // groups
         entropy = torch.special.entr(probabilities_TE).sum() / math.log(logits_TE.shape[1])
         margin = torch.zeros_like(entropy)
-        if per_group < logits_TGM.shape[-1]:
-            best = logits_TGM.topk(per_group + 1, dim=-1).values
-            margin = (best[..., -2] - best[..., -1]).mean(1).sum()
+        if chosen_TK.shape[1] < logits_TE.shape[1]:
+            last_TG = logits_TE.gather(1, chosen_TK).unflatten(1, (groups, -1)).amin(-1)
+            left_out_TG = logits_TE.scatter(1, chosen_TK, -torch.inf).unflatten(1, (groups, -1)).amax(-1)
+            margin = (last_TG - left_out_TG).mean(1).sum()
         overlap, distinct = (torch.full_like(entropy, torch.nan) for _ in range(2))
         if layer in self._parents:
             overlap, distinct = _against_parent(self._parents[layer], tokens_TH, chosen_TK)
