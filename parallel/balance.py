@@ -94,7 +94,7 @@ class BalanceLosses:
             return balance_loss(probabilities_TE.sum(0), counts, tokens, self.top_k, groups) * unmasked
 
         overall = loss(routing.probabilities)
-        return [overall, self._inside(routing, overall, loss), self._squares(routing).sum() * (unmasked / tokens)]
+        return [overall, self._inside(routing, overall, loss), self._squares(routing).sum() * unmasked / tokens]
 
     def _global(self, routing: Routing, previous_E: torch.Tensor) -> list[torch.Tensor]:
         mask_1T = routing.unmasked.to(routing.probabilities.dtype)[None]

@@ -247,3 +247,15 @@ def test_layouts_are_nothing_to_either_scope(tiny: Path) -> None:
     for number, (_, scope, _) in enumerate(jobs):
         distance = _distance(tiny, [answer[number] for answer in answers], due[scope == "global"])
         assert max(distance) < BOUND, (scope, list(layouts)[number % len(layouts)], distance)
+
+
+def test_the_z_loss_of_float64_logits_is_exact() -> None:
+    """Also where the share of unmasked tokens, here 3 of 5, has no short binary form."""
+    from moexpand.parallel.balance import BalanceLosses, Routing
+    from moexpand.parallel.shape import RouterRules
+
+    logits, chosen = torch.zeros(5, 4, dtype=torch.float64), torch.zeros(5, 1, dtype=torch.long)
+    routing = Routing(logits, logits.softmax(-1), chosen, torch.tensor([1, 0, 1, 1, 0]).bool())
+    losses = BalanceLosses(RouterRules(), 1, 1, "softmax", SimpleNamespace(size=lambda: 1), 1.0)
+    found, _ = losses(routing, torch.tensor([5, 0, 0, 0]), torch.ones(4))
+    assert float(found[2]) == pytest.approx(3 * np.log(4) ** 2, rel=1e-15)
