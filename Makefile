@@ -1,5 +1,5 @@
 # Every target does the set-up that it needs. PYTHON=... and TORCH=pinned|keep are explained in .ci/setup.
-.PHONY: setup lint test faults extras chaos bench gpu-check quickstart
+.PHONY: setup lint test layouts faults extras chaos bench gpu-check quickstart
 # An environment that exists stays as it was made.
 TORCH ?= $(or $(patsubst .venv/setup-%.stamp,%,$(wildcard .venv/setup-*.stamp)),pinned)
 STAMP := .venv/setup-$(TORCH).stamp
@@ -19,7 +19,11 @@ lint: setup
 	.ci/lint
 
 test: setup
-	$(PYTEST) -m "not faults and not extras and not chaos and not gpu"
+	$(PYTEST) -m "not layouts and not faults and not extras and not chaos and not gpu"
+
+# Every layout of docs/training.md against one rank, in curves and gradients; long.
+layouts: setup
+	@$(call MARKED,layouts)
 
 # Injected faults: killed ranks, torn files, full disks, hangs.
 faults: setup

@@ -66,13 +66,15 @@ def test_the_loss_falls_by_five_percent_and_precisions_agree(
     assert not _far(reference["fp32"], reference["fp64"], 2e-5, 1e-4)
 
 
+@pytest.mark.layouts
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(("size", "layouts"), [(2, TWO), (4, FOUR)], ids=["two ranks", "four ranks"])
 @pytest.mark.parametrize("precision", list(BOUNDS))
 def test_curves_are_the_same_on_every_layout(
     deep_parent: Path, reference: dict[str, list[Row]], size: int, layouts: dict[str, dict[str, Any]], precision: str
 ) -> None:
     jobs = _jobs(deep_parent, layouts, (precision,))
-    answers = run_on_ranks(runs.curves, size, jobs)
+    answers = run_on_ranks(runs.curves, size, jobs, timeout=800)
     assert all(answer == answers[0] for answer in answers), "every rank reports the same numbers"
     wrong = {
         name: far
@@ -82,6 +84,8 @@ def test_curves_are_the_same_on_every_layout(
     assert not wrong, {name: far[:3] for name, far in wrong.items()}
 
 
+@pytest.mark.layouts
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(("size", "layouts"), [(2, GROUPED_TWO), (4, GROUPED_FOUR)], ids=["two ranks", "four ranks"])
 def test_with_replayed_routes_a_grouped_child_trains_the_same_by_every_dispatcher(
     deep_child: Path, child_reference: tuple[list[Row], runs.Recording], size: int, layouts: dict[str, dict[str, Any]]
@@ -89,7 +93,7 @@ def test_with_replayed_routes_a_grouped_child_trains_the_same_by_every_dispatche
     """Without replay a near tie among 64 experts may go another way in fp32, and then all that follows."""
     due, routes = child_reference
     jobs = [Job(deep_child, layout, RULES, "fp32", STEPS["fp32"], routes) for layout in layouts.values()]
-    found = run_on_ranks(runs.curves, size, jobs)[0]
+    found = run_on_ranks(runs.curves, size, jobs, timeout=800)[0]
     wrong = {name: far for name, rows in zip(layouts, found, strict=True) if (far := _far(rows, due, *REPLAYED))}
     assert not wrong, {name: far[:3] for name, far in wrong.items()}
     assert all(row.dispatched == other.dispatched for rows in found for row, other in zip(rows, due, strict=True))

@@ -40,7 +40,7 @@ def _worst(found: dict[str, np.ndarray], due: dict[str, np.ndarray]) -> tuple[fl
 
 def _check(folder: Path, size: int, layouts: dict[str, dict[str, Any]], rules: dict[str, Any]) -> None:
     due, due_row = _due(folder, rules)
-    answers = run_on_ranks(runs.gradient_blocks, size, [Job(folder, layout, rules) for layout in layouts.values()])
+    answers = run_on_ranks(runs.gradient_blocks, size, [Job(folder, layout, rules) for layout in layouts.values()], timeout=800)
     far = {}
     for number, name in enumerate(layouts):
         worst = _worst(runs.merged([answer[number][0] for answer in answers]), due)
@@ -50,11 +50,15 @@ def _check(folder: Path, size: int, layouts: dict[str, dict[str, Any]], rules: d
     assert not far, (far, due_row.loss, due_row.grad_norm)
 
 
+@pytest.mark.layouts
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(("size", "layouts"), [(2, TWO), (4, FOUR)], ids=["two ranks", "four ranks"])
 def test_every_gradient_of_a_parent_is_that_of_one_rank(deep_parent: Path, size: int, layouts: dict[str, Any]) -> None:
     _check(deep_parent, size, layouts, RULES)
 
 
+@pytest.mark.layouts
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(("size", "layouts"), [(2, GROUPED_TWO), (4, GROUPED_FOUR)], ids=["two ranks", "four ranks"])
 def test_every_gradient_of_a_grouped_child_is_that_of_one_rank(deep_child: Path, size: int, layouts: dict[str, Any]) -> None:
     _check(deep_child, size, layouts, RULES)
