@@ -62,7 +62,7 @@ def measure(groups: int, dispatcher: str) -> dict[str, tuple[int, int]]:
         return x * 1.0
 
     layer.experts.forward = hand_on
-    layer.experts.sort = layer.experts.sorted = lambda choice: None
+    layer.experts.rows_of = layer.experts.rows_given = lambda choice: None
     ordinary = torch.randn(EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(0))
     collapsed = ordinary.clone()
     collapsed[:, 0] = -torch.arange(EXPERTS).float()

@@ -227,9 +227,9 @@ def _time_experts(
         return run
 
     runs = {
-        "ours, sorted rows": both(ours, lambda x: ours(x, w_R, ours.sorted(counts_E)), x_RH),
+        "ours, sorted rows": both(ours, lambda x: ours(x, w_R, ours.rows_given(counts_E)), x_RH),
         "SequentialMLP": both(sequential, lambda x: sequential(x, counts_E, w_R.to(x.dtype))[0], x_RH),
-        "ours": both(ours, lambda x: ours(x, weights_TK, ours.sort(chosen_TK)), x_TH),
+        "ours": both(ours, lambda x: ours(x, weights_TK, ours.rows_of(chosen_TK)), x_TH),
         "transformers": both(hugging, lambda x: hugging(x, chosen_TK, weights_TK.to(x.dtype)), x_TH),
     }
     # Nothing is timed that does not compute the same.

@@ -55,8 +55,7 @@ def check_train(config: TrainCommand, model: Numbers, world_size: int) -> None:
         InputError: the first combination that cannot work.
     """
     check_experts(model)
-    check_layout(config.parallel, model, world_size)
-    check_products(config.parallel, model, config.precision.name)
+    check_layout(config.parallel, model, config.precision.name, world_size)
     _check_batch(config, world_size)
     _check_schedule(config.optim, config.train.steps)
     _check_router(config, model)
@@ -72,8 +71,7 @@ def check_calibrate(config: CalibrateCommand, model: Numbers, world_size: int) -
     Raises:
         InputError: the first combination that cannot work.
     """
-    check_layout(config.parallel, model, world_size, "processes")
-    check_products(config.parallel, model, config.precision.name)
+    check_layout(config.parallel, model, config.precision.name, world_size, "processes")
     check_sequence("seq_length", config.seq_length, config.parallel)
     if config.parallel.context > 1:
         raise InputError(
@@ -95,8 +93,8 @@ def check_experts(model: Numbers) -> None:
         raise InputError(f"num_experts_per_tok={top_k} is larger than num_experts={experts}; choose at most {experts}.")
 
 
-def check_layout(parallel: Parallel, model: Numbers, world_size: int, workers: str = "launch.processes") -> None:
-    """Check a layout against the model and the number of ranks; `workers` is the command's key for that number.
+def check_layout(parallel: Parallel, model: Numbers, precision: str, world_size: int, workers: str = "launch.processes") -> None:
+    """Check a layout against the model, its number format and the number of ranks; `workers` is the command's key for that.
 
     Raises:
         InputError: the ranks or the model cannot be split like that, or the layout is not proven to compute the same.
@@ -130,27 +128,23 @@ def check_layout(parallel: Parallel, model: Numbers, world_size: int, workers: s
             parallel.expert_tensor,
             "every rank holds as wide a part of each expert",
         )
+        _check_products(parallel, model, precision)
         _check_dispatcher(parallel, model)
     elif expert > 1:
         raise InputError(f"parallel.expert={expert} splits experts and the model has none; give parallel.expert=1.")
 
 
-def check_products(parallel: Parallel, model: Numbers, precision: str) -> None:
-    """Check that torch's grouped matrix products take the experts' rows, which must be whole pieces of 16 bytes.
-
-    Raises:
-        InputError: hidden size or the part of the intermediate size that a rank holds is no such multiple.
-    """
+def _check_products(parallel: Parallel, model: Numbers, precision: str) -> None:
+    """torch's grouped matrix products take rows of whole 16 bytes."""
     numbers = 8 if precision == "bf16" else 4
-    inner = model.moe_intermediate_size // parallel.expert_tensor
-    split = f" / parallel.expert_tensor={parallel.expert_tensor}" if parallel.expert_tensor > 1 else ""
-    widths = {"hidden_size": model.hidden_size, f"moe_intermediate_size{split}": inner}
-    for name, width in widths.items():
-        if model.num_experts and width % numbers:
-            advice = "choose a smaller parallel.expert_tensor" if split and name != "hidden_size" else "choose another width"
-            raise InputError(
-                f"{name} = {width} is not a multiple of {numbers}, which grouped matrix products in {precision} need; {advice}."
-            )
+    needed = f"is not a multiple of {numbers}, which grouped matrix products in {precision} need"
+    if model.hidden_size % numbers:
+        raise InputError(f"hidden_size={model.hidden_size} {needed}; choose another width.")
+    split, inner = parallel.expert_tensor, model.moe_intermediate_size // parallel.expert_tensor
+    if inner % numbers:
+        share = f" / parallel.expert_tensor={split} = {inner}" if split > 1 else ""
+        advice = "choose a smaller parallel.expert_tensor" if split > 1 else "choose another width"
+        raise InputError(f"moe_intermediate_size={model.moe_intermediate_size}{share} {needed}; {advice}.")
 
 
 def _check_stages(parallel: Parallel, layers: int) -> None:

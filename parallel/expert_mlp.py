@@ -35,7 +35,7 @@ class InnerSums:
     def add(self, inner_RI: torch.Tensor, rows: Rows) -> None:
         """Add the rows of all experts."""
         starts_E = rows.counts.cumsum(0) - rows.counts
-        self.sums += embedding_bag(rows.real(), inner_RI.to(self.sums.dtype), offsets=starts_E, mode="sum")
+        self.sums += embedding_bag(rows.real(len(inner_RI)), inner_RI.to(self.sums.dtype), offsets=starts_E, mode="sum")
         self.rows += rows.counts
 
 

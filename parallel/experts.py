@@ -40,11 +40,11 @@ class GroupedExperts(MegatronModule):
         self.inner_sums: InnerSums | None = None
         self.rows_computed = 0
 
-    def sort(self, local_UC: torch.Tensor) -> Rows:
+    def rows_of(self, local_UC: torch.Tensor) -> Rows:
         """The rows of a choice among the local experts, int64 [U, C]."""
         return Rows.sort(local_UC, self.num_local_experts, self.down[0].numel())
 
-    def sorted(self, rows_per_expert: torch.Tensor) -> Rows:
+    def rows_given(self, rows_per_expert: torch.Tensor) -> Rows:
         """Rows that lie in order already, int [E]."""
         return Rows.given(rows_per_expert, self.down.device, self.down[0].numel())
 

@@ -77,7 +77,7 @@ class GroupedMoELayer(MoELayer):
         with phases.timed("dispatch"):
             tokens_UH, local_UC, weights_UC = self.own.gather(tokens_TH, choice.chosen, choice.weights)
         with phases.timed("experts"):
-            outputs_UH = self.experts(tokens_UH, weights_UC, self.experts.sort(local_UC))
+            outputs_UH = self.experts(tokens_UH, weights_UC, self.experts.rows_of(local_UC))
         with phases.timed("combine"):
             return self.own.scatter(outputs_UH)
 
@@ -91,7 +91,7 @@ class GroupedMoELayer(MoELayer):
             tokens, weights = dispatcher.token_dispatch(tokens, weights)
             rows, rows_per_expert, weights = dispatcher.dispatch_postprocess(tokens, weights)
         with phases.timed("experts"):
-            outputs = self.experts(rows, weights, self.experts.sorted(rows_per_expert))
+            outputs = self.experts(rows, weights, self.experts.rows_given(rows_per_expert))
         with phases.timed("combine"):
             outputs = dispatcher.token_combine(dispatcher.combine_preprocess(outputs))
             return dispatcher.combine_postprocess(outputs).flatten(0, 1)

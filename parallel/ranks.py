@@ -90,14 +90,14 @@ def start(layout: Layout, timeout_seconds: float = 600.0) -> Ranks:
 def lost_peer(error: BaseException) -> str | None:
     """What became of a peer, as the end of a sentence, where an error of a collective means that one is gone; None otherwise.
 
-    gloo and NCCL have no types for these errors, only texts.
+    gloo has no type for these errors: they are RuntimeErrors whose text begins with a file of gloo's.
     """
     text = str(error)
-    if not isinstance(error, (RuntimeError, dist.DistError)):
+    if not (isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in text)):
         return None
-    if any(words in text for words in ("Timed out waiting", "timed out", "Timeout")):
+    if any(words in text for words in ("Timed out", "timed out", "Timeout")):
         return "did not answer in time (parallel.timeout_seconds)"
-    if any(words in text for words in ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed")):
+    if any(words in text for words in ("closed by peer", "reset by peer", "Broken pipe", "Socket closed")):
         return "closed its connection"
     return "failed" if "NCCL error" in text else None
 

@@ -1,11 +1,12 @@
 """Rows of tokens sorted by expert, and the products of each expert's rows with its weights.
 
-Legend: U tokens, C experts that a token visits here, E local experts, R rows: the U x C visits sorted by expert, or, padded, E x
-capacity of them.
+Legend: U tokens, C experts that a token visits here, E local experts, R rows: the U x C visits sorted by expert, with padding
+between them where experts are multiplied in blocks.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -47,35 +48,40 @@ class Rows:
         keys = local_UC.flatten().to(torch.int16 if experts <= 2**15 - 1 else torch.int32)
         visits = torch.argsort(keys, stable=True)
         counts_E = torch.bincount(local_UC.flatten(), minlength=experts)
-        rows, total = torch.arange(len(visits), device=local_UC.device), len(visits)
-        capacities = _capacities(counts_E, weights_per_row)
-        if capacities is not None:
-            reserved_E = torch.tensor(capacities).repeat_interleave(experts // len(capacities))
-            moved_E = (reserved_E.cumsum(0) - reserved_E) - (counts_E.cumsum(0) - counts_E)
-            rows, total = rows + moved_E.repeat_interleave(counts_E), int(reserved_E.sum())
-        row_of_visit = torch.empty_like(visits).scatter_(0, visits, rows)
-        token_of_row = torch.zeros(total, dtype=torch.int64, device=visits.device)
-        token_of_row[rows] = visits // local_UC.shape[1]
-        return cls(counts_E, capacities, token_of_row, row_of_visit.view(local_UC.shape))
+        return cls._placed(visits, local_UC.shape, counts_E, _capacities(counts_E, weights_per_row))
 
     @classmethod
     def given(cls, rows_per_expert: torch.Tensor, device: torch.device, weights_per_row: int) -> "Rows":
         """Rows that a dispatcher has sorted already; int [E]."""
         counts_E = rows_per_expert.to(device, torch.int64)
-        if _capacities(counts_E, weights_per_row) is None:
+        capacities = _capacities(counts_E, weights_per_row)
+        if capacities is None:
             return cls(counts_E)
         # Each row is a token of its own with one visit.
-        return cls.sort(torch.arange(len(counts_E)).repeat_interleave(counts_E)[:, None], len(counts_E), weights_per_row)
+        visits = torch.arange(int(counts_E.sum()))
+        return cls._placed(visits, torch.Size((len(visits), 1)), counts_E, capacities)
 
-    @property
+    @classmethod
+    def _placed(cls, visits: torch.Tensor, shape: torch.Size, counts_E: torch.Tensor, capacities: list[int] | None) -> "Rows":
+        """The rows of visits that are sorted by expert, numbers in a choice of shape [U, C]."""
+        token_of_row, rows = visits // shape[1], torch.arange(len(visits), device=visits.device)
+        if capacities is not None:
+            reserved_E = torch.tensor(capacities).repeat_interleave(len(counts_E) // len(capacities))
+            moved_E = (reserved_E.cumsum(0) - reserved_E) - (counts_E.cumsum(0) - counts_E)
+            rows = rows + moved_E.repeat_interleave(counts_E)
+            token_of_row = torch.zeros(int(reserved_E.sum()), dtype=torch.int64).scatter_(0, rows, token_of_row)
+        row_of_visit = torch.empty_like(visits).scatter_(0, visits, rows)
+        return cls(counts_E, capacities, token_of_row, row_of_visit.view(shape))
+
+    @cached_property
     def ends(self) -> torch.Tensor:
         """Where each expert's rows end, int32 [E], without padding."""
         return self.counts.cumsum(0).to(torch.int32)
 
-    def real(self) -> torch.Tensor:
-        """The rows that are no padding, sorted, int64."""
-        if self.row_of_visit is None:
-            return torch.arange(int(self.counts.sum()), device=self.counts.device)
+    def real(self, rows: int) -> torch.Tensor:
+        """Which of R rows are no padding, sorted, int64."""
+        if self.capacities is None or self.row_of_visit is None:
+            return torch.arange(rows, device=self.counts.device)
         return self.row_of_visit.flatten().sort().values
 
     def spread(self, weights: torch.Tensor) -> torch.Tensor:

@@ -107,7 +107,7 @@ def _output_cosine(layer: GroupedMoELayer, parents: torch.Tensor, probe_NH: torc
     probe = probe_NH.clone()
     dist.broadcast(probe, dist.get_global_rank(layer.stage_group, 0), group=layer.stage_group)
     local, tokens = experts.num_local_experts, len(probe)
-    rows = experts.sorted(torch.full((local,), tokens))
+    rows = experts.rows_given(torch.full((local,), tokens))
     outputs = experts(probe.repeat(local, 1), probe.new_ones(local * tokens, dtype=torch.float32), rows)
     outputs = outputs.view(local, tokens, -1).float()
     if experts.tensor_group.size() > 1:

@@ -13,7 +13,7 @@ import numpy as np
 from moexpand.base.errors import InputError
 from moexpand.base.files import write_atomic
 from moexpand.base.routes import check_routes
-from moexpand.conf.check import check_layout, check_products, check_sequence
+from moexpand.conf.check import check_layout, check_sequence
 from moexpand.conf.schema import LogitsCommand
 from moexpand.train.preflight import open_supported
 from moexpand.train.worker import work
@@ -28,8 +28,7 @@ def check(config: LogitsCommand, world_size: int) -> tuple[Checkpoint, np.ndarra
         The checkpoint, the tokens int64 [B, S], and routes to replay, [B, S, layers, K].
     """
     checkpoint = open_supported(config.checkpoint)
-    check_layout(config.parallel, checkpoint.architecture, world_size, "processes")
-    check_products(config.parallel, checkpoint.architecture, config.precision.name)
+    check_layout(config.parallel, checkpoint.architecture, config.precision.name, world_size, "processes")
     tokens = _read_tokens(Path(config.tokens), checkpoint.architecture.vocab_size)
     check_sequence(f"the length of the sequences in {config.tokens}", tokens.shape[1], config.parallel)
     if config.routes is None:

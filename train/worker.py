@@ -50,7 +50,7 @@ def work(command: str, words: list[str], folder_of: Callable[[Any], Path], run: 
 
 def _told(error: Exception) -> str:
     """The sentence for an error that nobody foresaw."""
-    if "moexpand.parallel.ranks" in sys.modules:
+    if "moexpand.parallel.ranks" in sys.modules:  # otherwise it had no peers yet, and torch is not needed to say so
         from moexpand.parallel.ranks import lost_peer
 
         fate = lost_peer(error)

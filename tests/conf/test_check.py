@@ -83,10 +83,10 @@ def test_layouts_that_work_pass(world_size: int, overrides: list[str]) -> None:
         (
             4,
             ["parallel.expert_tensor=4", "precision.name=bf16"],
-            "moe_intermediate_size / parallel.expert_tensor=4 = 12 is not a multiple of 8, which grouped matrix products in bf16 "
-            "need; choose a smaller parallel.expert_tensor.",
+            "moe_intermediate_size=48 / parallel.expert_tensor=4 = 12 is not a multiple of 8, which grouped matrix products in bf16"
+            " need; choose a smaller parallel.expert_tensor.",
         ),
-        (1, ["model.hidden_size=190"], "hidden_size = 190 is not a multiple of 4, which grouped matrix products in fp32 need"),
+        (1, ["model.hidden_size=190"], "hidden_size=190 is not a multiple of 4, which grouped matrix products in fp32 need"),
         (1, ["parallel.interleave=2"], "parallel.interleave=2 cuts pipeline stages in parts and parallel.pipeline=1"),
         (
             2,
@@ -128,9 +128,9 @@ def test_impossible_combination_is_one_sentence_with_its_numbers(world_size: int
 
 def test_dense_model_has_no_experts_to_split() -> None:
     dense = Model(num_experts=0)
-    check_layout(Parallel(tensor=2), dense, 2)
+    check_layout(Parallel(tensor=2), dense, "fp32", 2)
     with pytest.raises(InputError, match="the model has none"):
-        check_layout(Parallel(expert=2), dense, 2)
+        check_layout(Parallel(expert=2), dense, "fp32", 2)
 
 
 @given(st.integers(1, 64), st.integers(1, 12), st.integers(1, 12))

@@ -1,48 +1,16 @@
 """A checkpoint brings weights and optimiser back: bitwise on the same layout, to rounding on every other."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.parallel import runs
+from tests.parallel.legs import RULES, Leg, legs
 from tests.parallel.runs import Row
 from tests.processes import run_on_ranks
 
-RULES = {"gradient": "ste", "balance_coefficient": 1e-3}
 SAVED_AT, END = 3, 6
-
-
-@dataclass(frozen=True)
-class Leg:
-    """Steps first ... last - 1 of a run, from a checkpoint and to one where these are given."""
-
-    folder: Path
-    layout: dict[str, Any]
-    precision: str
-    first: int
-    last: int
-    load: Path | None = None
-    save: Path | None = None
-
-
-def legs(several: list[Leg]) -> list[list[Row]]:
-    from moexpand.parallel import checkpoint, ranks
-
-    found = []
-    for leg in several:
-        with runs.engine(leg.folder, leg.layout, RULES, leg.precision) as built:
-            runs.prepare(built)
-            if leg.load:
-                assert checkpoint.load(built, leg.load) == {"step": SAVED_AT}
-            found.append(runs.train(built, leg.first, leg.last))
-            if leg.save:
-                if built.ranks.main:
-                    leg.save.mkdir()
-                ranks.barrier()
-                checkpoint.save(built, leg.save, {"step": leg.last})
-    return found
 
 
 def _close(found: list[Row], due: list[Row], bound: float) -> bool:
@@ -65,7 +33,7 @@ def saved(parent: Path, tied_parent: Path, tmp_path_factory: pytest.TempPathFact
     answers = run_on_ranks(legs, 2, several)
     found = {}
     for number, name in enumerate(made):
-        straight, _, resumed = answers[0][3 * number : 3 * number + 3]
+        straight, _, resumed = (rows for rows, _ in answers[0][3 * number : 3 * number + 3])
         assert resumed == straight[SAVED_AT:], f"{name}: resuming on the same layout is bitwise"
         found[name] = (folder / name, straight)
     return found
@@ -85,7 +53,7 @@ def test_one_rank_goes_on_from_two(saved: dict[str, tuple[Path, list[Row]]], par
         ("bf16", parent, "bf16", 2e-3),
     ):
         folder, straight = saved[name]
-        (rows,) = legs([Leg(source, {}, precision, SAVED_AT, END, load=folder)])
+        ((rows, _),) = legs([Leg(source, {}, precision, SAVED_AT, END, load=folder)])
         assert _close(rows, straight[SAVED_AT:], bound), (name, rows, straight)
 
 
@@ -113,5 +81,5 @@ def test_other_layouts_go_on_with_the_optimiser(
     sources = {"fp32": parent, "tied": tied_parent}
     jobs = [(name, layout) for name in sources for layout in layouts]
     several = [Leg(sources[name], layout, "fp32", SAVED_AT, END, load=saved[name][0]) for name, layout in jobs]
-    for (name, layout), rows in zip(jobs, run_on_ranks(legs, size, several)[0], strict=True):
+    for (name, layout), (rows, _) in zip(jobs, run_on_ranks(legs, size, several)[0], strict=True):
         assert _close(rows, saved[name][1][SAVED_AT:], 1e-6), (name, layout, rows, saved[name][1][SAVED_AT:])

@@ -3,7 +3,7 @@
 Legend: T tokens, E experts, G groups, M = E / G, K experts a token visits, L layers.
 """
 
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 
 from tests import closed_form
 from tests.parallel import runs
+from tests.parallel.legs import Leg, legs
 from tests.parents import TINY, make_parent
 from tests.processes import run_on_ranks
 
@@ -180,48 +181,13 @@ def test_the_selection_bias_evens_the_load_out_and_equally_on_every_layout(tiny:
             assert np.array_equal(found[1], biases), layout
 
 
-@dataclass(frozen=True)
-class Leg:
-    """Steps first ... last - 1 of a run, from a checkpoint and to one where these are given; `forget` a buffer of all layers."""
-
-    layout: dict[str, Any]
-    precision: str
-    first: int
-    last: int
-    load: Path | None = None
-    save: Path | None = None
-    forget: str = ""
-
-
-def legs(folder: Path, several: list[Leg]) -> list[tuple[list[runs.Row], dict[str, np.ndarray]]]:
-    """What the steps reported, and all weights and buffers of this rank after the last."""
-    from moexpand.parallel import checkpoint, ranks
-
-    found = []
-    for leg in several:
-        with runs.engine(folder, leg.layout, STATEFUL, leg.precision, SHAPE) as built:
-            runs.prepare(built)
-            if leg.load:
-                assert checkpoint.load(built, leg.load) == {"step": leg.first}
-            for layer in built.moe_layers if leg.forget else ():
-                layer.get_buffer(leg.forget).fill_(1.0)
-            rows = runs.train(built, leg.first, leg.last)
-            state = built.stages[0].state_dict().items()
-            found.append((rows, {name: value.double().numpy() for name, value in state if value is not None}))
-            if leg.save:
-                if built.ranks.main:
-                    leg.save.mkdir()
-                ranks.barrier()
-                checkpoint.save(built, leg.save, {"step": leg.last})
-    return found
-
-
 BUFFERS = ("router.previous", "router.selection_bias", "default_vectors.total")
 
 
 def _halves(saved: Path, *run: Any) -> list[Leg]:
     """Six steps in one go, three that are saved, three that go on from there."""
-    return [Leg(*run, 0, 6), Leg(*run, 0, 3, save=saved), Leg(*run, 3, 6, load=saved)]
+    whole, first, second = Leg(*run, 0, 6), Leg(*run, 0, 3, save=saved), Leg(*run, 3, 6, load=saved)
+    return [replace(leg, rules=STATEFUL, shape=SHAPE) for leg in (whole, first, second)]
 
 
 def _check_halves(straight: Any, resumed: Any) -> None:
@@ -234,8 +200,8 @@ def _check_halves(straight: Any, resumed: Any) -> None:
 
 def test_a_run_of_two_halves_is_bitwise_the_straight_one(tiny: Path, tmp_path: Path) -> None:
     """Default vectors, loads of the step before and selection bias go on as they were; any of them would be missed."""
-    forgetful = [Leg({}, "fp32", 3, 6, tmp_path / "one", forget=name) for name in BUFFERS]
-    straight, _, resumed, *others = legs(tiny, _halves(tmp_path / "one", {}, "fp32") + forgetful)
+    several = _halves(tmp_path / "one", tiny, {}, "fp32")
+    straight, _, resumed, *others = legs(several + [replace(several[-1], forget=name) for name in BUFFERS])
     _check_halves(straight, resumed)
     for name, (rows, _) in zip(BUFFERS, others, strict=True):
         assert rows != straight[0][3:], name
@@ -243,7 +209,7 @@ def test_a_run_of_two_halves_is_bitwise_the_straight_one(tiny: Path, tmp_path: P
 
 def test_so_it_is_on_two_ranks(tiny: Path, tmp_path: Path) -> None:
     jobs = {"EP2": ({"expert": 2}, "fp32"), "bf16": ({"expert": 2}, "bf16"), "DP2": ({}, "fp32")}
-    several = [leg for name, run in jobs.items() for leg in _halves(tmp_path / name, *run)]
-    for answer in run_on_ranks(legs, 2, tiny, several):
+    several = [leg for name, run in jobs.items() for leg in _halves(tmp_path / name, tiny, *run)]
+    for answer in run_on_ranks(legs, 2, several):
         for first in range(0, len(several), 3):
             _check_halves(answer[first], answer[first + 2])
