@@ -83,8 +83,8 @@ def test_layouts_that_work_pass(world_size: int, overrides: list[str]) -> None:
         (
             4,
             ["parallel.expert_tensor=4", "precision.name=bf16"],
-            "moe_intermediate_size=48 / parallel.expert_tensor=4 = 12 is not a multiple of 8, which grouped matrix products in bf16"
-            " need; choose a smaller parallel.expert_tensor.",
+            "moe_intermediate_size=48 / parallel.expert_tensor=4 = 12 is not a multiple of 8, which grouped matrix products in "
+            "bf16 need; choose a smaller parallel.expert_tensor.",
         ),
         (1, ["model.hidden_size=190"], "hidden_size=190 is not a multiple of 4, which grouped matrix products in fp32 need"),
         (1, ["parallel.interleave=2"], "parallel.interleave=2 cuts pipeline stages in parts and parallel.pipeline=1"),
