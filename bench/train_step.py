@@ -2,7 +2,8 @@
 
 Same weights, tokens, threads, AdamW and clipping; transformers with sdpa attention and its grouped_mm experts. Each has a process
 of its own because our engine changes how a process gets its memory, which makes transformers faster too. Prints medians of tokens
-a second, the ratio and the versions. `python bench/train_step.py [rounds]`
+a second, the ratio and the versions. `python bench/train_step.py [rounds [folder]]`: a random parent and random tokens, whose
+routers send some experts nothing and others many times the mean, or the parent and the tokens of a finished quickstart (folder).
 """
 
 import multiprocessing
@@ -86,21 +87,31 @@ def serve(name: str, folder: Path, tokens: torch.Tensor, pipe: Connection) -> No
         pipe.send((loss, time.perf_counter() - began))
 
 
-def main(rounds: int) -> None:
+def trained_tokens(quickstart: Path) -> torch.Tensor:
+    """Tokens that the quickstart trains on."""
+    from moexpand.data.loader import PackedData
+
+    (batch,) = PackedData(quickstart / "shards", LENGTH, SEQUENCES, seed=1).batch(0, micro_batch=SEQUENCES)
+    return torch.from_numpy(batch.tokens).long().view(SEQUENCES, LENGTH)
+
+
+def main(rounds: int, quickstart: Path | None) -> None:
     """Measure and print."""
     import megatron.core
     import transformers
 
     torch.manual_seed(0)
-    tokens = torch.randint(0, VOCABULARY, (SEQUENCES, LENGTH))
+    tokens = trained_tokens(quickstart) if quickstart else torch.randint(0, VOCABULARY, (SEQUENCES, LENGTH))
     pipes: dict[str, Connection] = {}
     processes = []
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as scratch:
-        write_parent(Path(scratch))
+        parent = quickstart / "parent" if quickstart else Path(scratch)
+        if not quickstart:
+            write_parent(parent)
         for name in STEPS:
             pipes[name], theirs = context.Pipe()
-            processes.append(context.Process(target=serve, args=(name, Path(scratch), tokens, theirs), daemon=True))
+            processes.append(context.Process(target=serve, args=(name, parent, tokens, theirs), daemon=True))
             processes[-1].start()
             pipes[name].recv()
     seconds: dict[str, list[float]] = {name: [] for name in STEPS}
@@ -125,4 +136,4 @@ def main(rounds: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 9)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 9, Path(sys.argv[2]) if len(sys.argv) > 2 else None)
