@@ -3,7 +3,7 @@
 The formula is that of `moexpand.base.routing.unpicked_shares`. A step costs one product of the size of the router's own in the
 backward pass, and one [E, H] table a layer over the ranks at its end.
 
-Legend: T tokens of this rank, E experts, H hidden.
+Legend: T tokens of this rank, E experts, e of them on this rank, H hidden.
 """
 
 from typing import Any
@@ -53,14 +53,16 @@ class DefaultVectors(torch.nn.Module):
         """Hang the gradient of the shares on a layer's output."""
         return _Represent.apply(output_TH, shares_TE, self.vectors)
 
-    def update(self, experts: GroupedExperts, groups: tuple[dist.ProcessGroup, ...]) -> None:
+    def update(
+        self, sums_eH: torch.Tensor, rows_e: torch.Tensor, experts: GroupedExperts, groups: tuple[dist.ProcessGroup, ...]
+    ) -> None:
         """Take a step's outputs into the averages.
 
         Args:
+            sums_eH, rows_e: of this rank's experts, by `GroupedExperts.take_output_sums`.
             experts: this rank's; all together hold every expert.
             groups: over which sums add up to the step's.
         """
-        sums_eH, rows_e = experts.output_sums()
         local, rank = experts.num_local_experts, experts.ep_group.rank()
         table = torch.zeros(len(self.weight), self.total.shape[1] + 1, dtype=self.total.dtype, device=self.total.device)
         own = table[rank * local : (rank + 1) * local]

@@ -117,6 +117,8 @@ class Engine:
             layer.experts.rows_computed = 0
         with phases.timed("forward_backward"):
             loss_sum, tokens, recorded = self._run(self.wrapped, batches, False, routes)
+        for layer in self.moe_layers:
+            layer.end_passes()
         with phases.timed("optimizer"):
             optimizer.set_learning_rate(self.optimizer, lr, lr if router_lr is None else router_lr)
             grad_norm, updated = optimizer.update(self.optimizer)

@@ -65,16 +65,13 @@ class GroupedExperts(MegatronModule):
             self.inner_sums = InnerSums(self.down)
         return expert_mlp(x, weights, self.gate_up.flatten(1, 2), self.down, rows, self.inner_sums if collecting else None)
 
-    def forget_output_sums(self) -> None:
-        """Begin anew with the outputs of the next step."""
-        self.inner_sums = None
+    def take_output_sums(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum of each local expert's outputs since the last call, unweighted, fp32 or wider [E, H], and their number int64 [E].
 
-    def output_sums(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sum of each local expert's outputs in this step, unweighted, fp32 or wider [E, H], and their number int64 [E].
-
+        To be called while the weights are those of the forward passes: what is kept of them lies before the down projection.
         Under expert tensor parallelism the sums are this rank's share.
         """
-        taken = self.inner_sums or InnerSums(self.down)
+        taken, self.inner_sums = self.inner_sums or InnerSums(self.down), None
         sums_EH = torch.bmm(self.down.detach().to(taken.sums.dtype), taken.sums[:, :, None])[:, :, 0]
         return sums_EH, taken.rows
 

@@ -44,6 +44,7 @@ class GroupedMoELayer(MoELayer):
             self.own = GroupedAllGather(shape.num_experts, shape.num_experts_per_tok, pg_collection)
             self.token_dispatcher = None
         self.default_vectors: DefaultVectors | None = None
+        self._outputs: tuple[torch.Tensor, torch.Tensor] | None = None
         if rules.gradient == "default_vector":
             wide = torch.promote_types(config.params_dtype, torch.float32)
             self.default_vectors = DefaultVectors(shape.num_experts, shape.hidden_size, rules.default_decay, wide)
@@ -96,6 +97,11 @@ class GroupedMoELayer(MoELayer):
             outputs = dispatcher.token_combine(dispatcher.combine_preprocess(outputs))
             return dispatcher.combine_postprocess(outputs).flatten(0, 1)
 
+    def end_passes(self) -> None:
+        """Take what the experts put out in the step's passes; called before the optimiser, while the weights are still theirs."""
+        if self.default_vectors is not None:
+            self._outputs = self.experts.take_output_sums()
+
     def end_step(self, dispatched_E: torch.Tensor, updated: bool) -> None:
         """What a layer carries from a step to the next: its load, float64 [E] over all ranks, and the default vectors.
 
@@ -103,6 +109,6 @@ class GroupedMoELayer(MoELayer):
         """
         if updated:
             self.router.end_step(dispatched_E)
-            if self.default_vectors is not None:
-                self.default_vectors.update(self.experts, (self.stage_group,))
-        self.experts.forget_output_sums()
+            if self.default_vectors is not None and self._outputs is not None:
+                self.default_vectors.update(*self._outputs, self.experts, (self.stage_group,))
+        self._outputs = None

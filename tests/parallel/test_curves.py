@@ -118,6 +118,8 @@ def test_what_steps_leave_to_the_next_is_the_same_on_every_layout(deep_child: Pa
         "CP2 EP2 recomputed": {"context": 2, "expert": 2, "recompute": "full"},
         "PP2 interleaved": {"pipeline": 2, "interleave": 2, "recompute": "selective"},
         "DP2": {},
+        "DP2 overlap": {"overlap": True},
+        "EP2 overlap": {"expert": 2, "dispatcher": "grouped_allgather", "overlap": True},
     }
     found = run_on_ranks(
         runs.curves, 2, [Job(deep_child, layout, STATEFUL, "fp64", 6, shape=shape) for layout in layouts.values()]

@@ -181,6 +181,33 @@ def test_the_selection_bias_evens_the_load_out_and_equally_on_every_layout(tiny:
             assert np.array_equal(found[1], biases), layout
 
 
+def test_default_vectors_are_the_means_of_what_the_experts_put_out(tiny: Path) -> None:
+    """With the weights of the forward pass, though the optimiser has moved them when the averages are taken."""
+    heard: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {layer: [] for layer in range(LAYERS)}
+    with runs.engine(tiny, {}, STATEFUL | {"default_decay": 0.75}, "fp64", SHAPE) as built:
+        runs.prepare(built)
+        for router in built.routers:
+            router.register_forward_hook(
+                lambda router, given, choice: heard[router.layer].append((given[0].numpy(force=True), choice.chosen.numpy()))
+            )
+        before = _weights(built)
+        built.step(runs.device_batches(built, 0), 0.1)
+        found = [layer.default_vectors.vectors.numpy().copy() for layer in built.moe_layers]
+        after = _weights(built)
+    for layer in range(LAYERS):
+        x_TH, chosen_TK = (np.concatenate(parts) for parts in zip(*heard[layer], strict=True))
+        for expert in range(EXPERTS):
+            matrices = (f"model.layers.{layer}.mlp.experts.{expert}.{name}_proj.weight" for name in ("gate", "up", "down"))
+            gate, up, down = (before[name] for name in matrices)
+            own = x_TH[(chosen_TK == expert).any(1)]
+            assert len(own)
+            opened = own @ gate.T
+            due = (opened / (1 + np.exp(-opened)) * (own @ up.T)) @ down.T
+            assert runs.relative(found[layer][expert], due.mean(0)) < 1e-12, (layer, expert)
+            moved = after[f"model.layers.{layer}.mlp.experts.{expert}.down_proj.weight"]
+            assert runs.relative(moved, down) > 1e-2, "the bound tells the weights apart"
+
+
 BUFFERS = ("router.previous", "router.selection_bias", "default_vectors.total")
 
 
