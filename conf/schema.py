@@ -91,7 +91,7 @@ class Router:
         GRADIENTS,
     )
     temperature: float = key(1.0, "temperature of the straight-through surrogate", within="(0, inf)")
-    normalised: bool = key(False, "divide the gradient of ste by the probability mass of the chosen experts")
+    normalised: bool = key(False, "scale the gradient of ste to the magnitude of topk")
     default_decay: float = key(0.9, "decay a step of the mean outputs of default_vector", within="[0, 1)")
     lr_multiplier: float = key(1.0, "learning rate of the routers over that of all else", within="[0, inf)")
     warmup_steps: int = key(0, "steps over which lr_multiplier grows from 0", within="[0, inf)")

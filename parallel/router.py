@@ -104,12 +104,19 @@ class GroupedRouter(Router):
             routing = Routing(logits, probabilities_TE, chosen_TK, tags_T & 1 == 0)
             weights_TK = self._with_auxiliary_losses(weights_TK, routing)
             if rules.gradient == "default_vector":
-                shares_TE = unpicked_shares(logits, chosen_TK, shape.routed_scaling_factor, rules.temperature, shape.scoring_func)
+                shares_TE = self._shares(logits, chosen_TK)
             if self.statistics is not None:
                 self.statistics(tokens_TH.detach(), logits.detach(), probabilities_TE.detach(), chosen_TK)
         if self.observer is not None and not self.training:
             self.observer(self.layer, logits, chosen_TK)
         return Choice(weights_TK, chosen_TK, shares_TE)
+
+    def _shares(self, logits: torch.Tensor, chosen_TK: torch.Tensor) -> torch.Tensor:
+        """What the experts outside the choice would weigh."""
+        shape = self.shape
+        return unpicked_shares(
+            logits, chosen_TK, shape.norm_topk_prob, shape.routed_scaling_factor, self.rules.temperature, shape.scoring_func
+        )
 
     def routing(self, logits: torch.Tensor) -> torch.Tensor:
         """Part of Megatron-Core's protocol, which this router has no use for."""

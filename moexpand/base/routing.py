@@ -62,12 +62,14 @@ def route(
     """Route tokens: scores over all experts, the best K / G of every group, weights score_i / sum of the chosen scores.
 
     The scores are p = softmax(z) or the logistic function of z. The forward value is the same for every gradient. With S the
-    chosen set, g_i = dL/dweight_i, p^tau the probabilities of z / tau over all experts and s^tau = sum_{i in S} p^tau_i:
+    chosen set, g_i = dL/dweight_i, p^tau the probabilities of z / tau over all experts, s^tau = sum_{i in S} p^tau_i and
+    w the sum of the chosen weights (1, or the sum of the chosen scores without `renormalise`; the scaling factor aside):
 
     * `topk`: the derivative of the formula above; experts outside S get none.
     * `ste`: straight-through (Intern-S1-Pro, arXiv 2603.25040, section 2.2). The backward pass treats the weight as p^tau_i,
       so that every logit j gets, for softmax, dL/dz_j = p^tau_j / tau * ([j in S] g_j - sum_{i in S} g_i p^tau_i).
-      `normalised` divides this by s^tau, a constant of the token: the gradient then has the magnitude of `topk`.
+      `normalised` multiplies this by w / s^tau, a constant of the token, as if the chosen p^tau_i added up to what the
+      weights do: the gradient then has the magnitude of `topk` (and is that of `topk` at tau = 1 without `renormalise`).
     * `default_vector`: the normalised `ste`. What makes it dense lies in the layer's output: see `unpicked_shares`.
 
     Args:
@@ -78,7 +80,7 @@ def route(
         scaling_factor: multiplies the weights.
         gradient: `topk`, `ste` or `default_vector`.
         temperature: tau.
-        normalised: divide the gradient of `ste` by s^tau.
+        normalised: multiply the gradient of `ste` by w / s^tau.
         scoring: `softmax` or `sigmoid`.
         bias_E: added to the scores for the choice alone (loss-free balancing, arXiv 2408.15664); no gradient.
         chosen_TK: experts to visit instead of choosing them (replay), int64, columns in any order.
@@ -109,7 +111,8 @@ def route(
         surrogate_TK = surrogate_TE.gather(1, chosen_TK)
         if normalised or gradient == "default_vector":
             smallest = torch.finfo(surrogate_TK.dtype).tiny
-            surrogate_TK = surrogate_TK / surrogate_TK.detach().sum(-1, keepdim=True).clamp(min=smallest)
+            total_T1 = surrogate_TK.new_ones(1) if renormalise else weights_TK.detach().sum(-1, keepdim=True).clamp(min=smallest)
+            surrogate_TK = surrogate_TK * (total_T1 / surrogate_TK.detach().sum(-1, keepdim=True).clamp(min=smallest))
         weights_TK = weights_TK.detach() + (surrogate_TK - surrogate_TK.detach())
     return weights_TK * scaling_factor if scaling_factor != 1.0 else weights_TK, chosen_TK, probabilities_TE
 
@@ -117,28 +120,35 @@ def route(
 def unpicked_shares(
     logits_TE: torch.Tensor,
     chosen_TK: torch.Tensor,
+    renormalise: bool = True,
     scaling_factor: float = 1.0,
     temperature: float = 1.0,
     scoring: str = "softmax",
 ) -> torch.Tensor:
-    """What experts outside the chosen set S would weigh, for the gradient `default_vector`: q_j = p^tau_j / s^tau, 0 inside S.
+    """What experts outside the chosen set S would weigh, for the gradient `default_vector`: q_j = w p^tau_j / s^tau, 0 inside S.
 
     An expert that a token did not visit is represented by m_j, a moving average of its outputs (after arXiv 2504.12463, which
     also adds it to the forward value; here the forward value stays what serving engines compute). The backward pass
     treats the layer's output as y + sum_{j not in S} q_j m_j. Together with `route`, and with g_j = <dL/dy, E_j(x)> for
     j in S and <dL/dy, m_j> elsewhere, every logit gets, for softmax,
 
-        dL/dz_j = p^tau_j / (tau s^tau) * (g_j - sum_{all i} g_i p^tau_i)
+        dL/dz_j = w p^tau_j / (tau s^tau) * (g_j - sum_{all i} g_i p^tau_i)
 
     which says of every expert whether it would have been better than the mixture. With m = 0 it is the normalised `ste`.
+    Without `renormalise` and at tau = 1, q_j = p_j is exactly what expert j would weigh.
 
     Returns:
-        [T, E] in fp32 (float64 for float64 logits); s^tau is a constant in the backward pass.
+        [T, E] in fp32 (float64 for float64 logits); w / s^tau is a constant in the backward pass.
     """
     logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
     surrogate_TE = router_probabilities(logits_TE / temperature if temperature != 1.0 else logits_TE, scoring)
-    mass_T1 = surrogate_TE.detach().gather(1, chosen_TK).sum(-1, keepdim=True).clamp(min=torch.finfo(surrogate_TE.dtype).eps)
-    return (surrogate_TE * (scaling_factor / mass_T1)).scatter(1, chosen_TK, 0.0)
+    smallest = torch.finfo(surrogate_TE.dtype).eps
+    mass_T1 = surrogate_TE.detach().gather(1, chosen_TK).sum(-1, keepdim=True).clamp(min=smallest)
+    factor_T1 = scaling_factor / mass_T1
+    if not renormalise:
+        scores_TE = torch.sigmoid(logits_TE) if scoring == "sigmoid" else router_probabilities(logits_TE)
+        factor_T1 = factor_T1 * scores_TE.detach().gather(1, chosen_TK).sum(-1, keepdim=True).clamp(min=smallest)
+    return (surrogate_TE * factor_T1).scatter(1, chosen_TK, 0.0)
 
 
 def group_probabilities(logits_TE: torch.Tensor, groups: int, scoring: str = "softmax") -> torch.Tensor:

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 
 from moexpand.base.routing import group_probabilities, route, router_probabilities, select_experts
 
-TOKENS = 3
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [*HALVES, torch.float32, torch.float64]
 SCORINGS = ["softmax", "sigmoid"]
@@ -62,6 +61,7 @@ def weights_of(
 class Case:
     """A router, its logits and, with `replay`, the experts that it is told to visit."""
 
+    tokens: int = 3
     size: int = 4
     groups: int = 4
     per_group: int = 1
@@ -93,7 +93,7 @@ class Case:
     def logits(self) -> torch.Tensor:
         """No two of a token are equal, in any dtype."""
         random = self.random(0)
-        steps = np.stack([random.choice(np.arange(-128, 128), self.experts, replace=False) for _ in range(TOKENS)])
+        steps = np.stack([random.choice(np.arange(-128, 128), self.experts, replace=False) for _ in range(self.tokens)])
         return torch.tensor(steps / 64 + random.uniform(-0.002, 0.002, steps.shape)).to(self.dtype)
 
     def bias(self) -> torch.Tensor | None:
@@ -106,7 +106,7 @@ class Case:
         if self.replay:
             picks = [
                 [g * self.size + m for g in range(self.groups) for m in random.permutation(self.size)[: self.per_group]]
-                for _ in range(TOKENS)
+                for _ in range(self.tokens)
             ]
             return [random.permutation(row).tolist() for row in picks]
         bias = self.bias()
@@ -140,6 +140,7 @@ class Case:
 SIZES = st.sampled_from([1, 2, 3, 5, 6])
 CASES = st.builds(
     lambda size, per_group, **rest: Case(size=size, per_group=per_group(size), **rest),
+    tokens=st.integers(1, 40),
     size=SIZES,
     groups=st.sampled_from([1, 2, 3, 4, 8]),
     per_group=st.sampled_from([lambda size: 1, lambda size: min(2, size), lambda size: (size + 1) // 2, lambda size: size]),
@@ -230,7 +231,7 @@ def test_probabilities_inside_groups_are_those_of_the_definition(case: Case) -> 
         found,
         [[p for g in cuts for p in probabilities_of(row[g : g + case.size], case.scoring)] for row in case.logits().tolist()],
     )
-    close(found.unflatten(1, (case.groups, -1)).sum(-1), [[1.0] * case.groups] * TOKENS)
+    close(found.unflatten(1, (case.groups, -1)).sum(-1), [[1.0] * case.groups] * case.tokens)
     wide = case.logits().to(case.wide)
     close(router_probabilities(wide, case.scoring), [probabilities_of(row, case.scoring) for row in wide.tolist()])
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moexpand.base.routing import balance_loss, group_probabilities, route, selection_bias_step, unpicked_shares
-from tests.base.test_routing import CASES, GRADIENTS, TOKENS, Case, close, probabilities_of, weights_of
+from tests.base.test_routing import CASES, GRADIENTS, Case, close, probabilities_of, weights_of
 
 HIDDEN = 4
 
@@ -40,14 +40,19 @@ def surrogate_of(
         return sum(gains[expert] * weight for expert, weight in zip(chosen, weights, strict=True))
     shares = probabilities_of([z / case.temperature for z in logits], case.scoring)
     counted = range(case.experts) if gradient == "default_vector" else chosen
-    divisor = mass_of(case, at, chosen) if normalised or gradient == "default_vector" else 1.0
-    return case.scaling_factor / divisor * sum(gains[expert] * shares[expert] for expert in counted)
+    factor = level_of(case, at, chosen) if normalised or gradient == "default_vector" else 1.0
+    return case.scaling_factor * factor * sum(gains[expert] * shares[expert] for expert in counted)
 
 
 def mass_of(case: Case, logits: Sequence[float], chosen: list[int]) -> float:
     """s^tau."""
     shares = probabilities_of([z / case.temperature for z in logits], case.scoring)
     return sum(shares[expert] for expert in chosen)
+
+
+def level_of(case: Case, logits: Sequence[float], chosen: list[int]) -> float:
+    """w / s^tau: by how much the surrogate of the chosen experts is raised, to add up to what their weights do."""
+    return sum(weights_of(logits, chosen, case.scoring, case.renormalise)) / mass_of(case, logits, chosen)
 
 
 def slopes(function: Callable[[list[float]], float], at: Sequence[float], step: float = 1e-5) -> list[float]:
@@ -61,16 +66,21 @@ def slopes(function: Callable[[list[float]], float], at: Sequence[float], step: 
 
 
 def same_gradient(case: Case, found: torch.Tensor, due_TE: Sequence[Sequence[float]], tolerance: float = 1e-8) -> None:
-    """Tolerances are those of fp32 and of a gradient that is handed on in half precision, relative to 1 / s^tau."""
+    """Tolerances are those of fp32 and of a gradient that is handed on in half precision, relative to 1 / s^tau or w / s^tau."""
     relative = {torch.bfloat16: 2**-8, torch.float16: 2**-11}.get(case.dtype, 0.0)
     for row, due, logits, chosen in zip(found.double().numpy(), due_TE, case.logits().tolist(), case.chosen(), strict=True):
-        absolute = (tolerance if case.dtype == torch.float64 else 1e-5) / min(mass_of(case, logits, chosen), 0.2)
+        largest = max(1.0 / mass_of(case, logits, chosen), level_of(case, logits, chosen), 5.0)
+        absolute = (tolerance if case.dtype == torch.float64 else 1e-5) * largest
         np.testing.assert_allclose(row, due, rtol=relative, atol=absolute)
 
 
 def gains_of(case: Case) -> torch.Tensor:
     """dL/dweight of every expert, [T, E]."""
-    return torch.tensor(case.random(4).normal(0, 1, (TOKENS, case.experts)))
+    return torch.tensor(case.random(4).normal(0, 1, (case.tokens, case.experts)))
+
+
+def shares_of(case: Case, logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    return unpicked_shares(logits, chosen, case.renormalise, case.scaling_factor, case.temperature, case.scoring)
 
 
 def logit_gradient(case: Case, gradient: str, normalised: bool = False, default_vectors: bool = False) -> torch.Tensor:
@@ -81,7 +91,7 @@ def logit_gradient(case: Case, gradient: str, normalised: bool = False, default_
     assert chosen.tolist() == case.chosen()
     loss = (weights.double() * gains.gather(1, chosen)).sum()
     if default_vectors:
-        loss = loss + (gains * unpicked_shares(used, chosen, case.scaling_factor, case.temperature, case.scoring)).sum()
+        loss = loss + (gains * shares_of(case, used, chosen)).sum()
     (found,) = torch.autograd.grad(loss, logits)
     assert found.dtype == case.dtype
     return found
@@ -106,13 +116,13 @@ def test_a_router_gradient_is_the_slope_of_its_surrogate(gradient: str, normalis
 @settings(max_examples=40, deadline=None)
 @given(CASES, st.booleans())
 def test_the_straight_through_gradient_is_the_formula_of_the_paper(case: Case, normalised: bool) -> None:
-    """dL/dz_j = p_j / tau * ([j in S] g_j - sum over S of g_i p_i), p = softmax(z / tau) over all experts, or over s^tau."""
+    """dL/dz_j = p_j / tau * ([j in S] g_j - sum over S of g_i p_i), p = softmax(z / tau) over all experts, or times w / s^tau."""
     case = replace(case, scoring="softmax")
     due = []
     for logits, chosen, g in zip(case.logits().tolist(), case.chosen(), gains_of(case).tolist(), strict=True):
         p = probabilities_of([z / case.temperature for z in logits], "softmax")
         shared = sum(g[i] * p[i] for i in chosen)
-        factor = case.scaling_factor / case.temperature / (mass_of(case, logits, chosen) if normalised else 1.0)
+        factor = case.scaling_factor / case.temperature / (1.0 / level_of(case, logits, chosen) if normalised else 1.0)
         due.append([factor * p[j] * ((g[j] if j in chosen else 0.0) - shared) for j in range(case.experts)])
     same_gradient(case, logit_gradient(case, "ste", normalised), due, 1e-12)
 
@@ -135,15 +145,15 @@ def test_the_plain_gradient_of_softmax_weights_is_their_formula(case: Case) -> N
 @settings(max_examples=40, deadline=None)
 @given(CASES)
 def test_default_vectors_tell_of_every_expert_whether_it_beats_the_mixture(case: Case) -> None:
-    """dL/dz_j = p_j / (tau s^tau) * (g_j - sum over all of g_i p_i), from <dL/dy, y> with outputs and default vectors."""
+    """dL/dz_j = w p_j / (tau s^tau) * (g_j - sum over all of g_i p_i), from <dL/dy, y> with outputs and default vectors."""
     case = replace(case, scoring="softmax")
     random = case.random(5)
-    slope_TH, outputs_TEH = random.normal(0, 1, (TOKENS, HIDDEN)), random.normal(0, 1, (TOKENS, case.experts, HIDDEN))
+    slope_TH, outputs_TEH = random.normal(0, 1, (case.tokens, HIDDEN)), random.normal(0, 1, (case.tokens, case.experts, HIDDEN))
     means_EH = random.normal(0, 1, (case.experts, HIDDEN))
     logits_TE = case.logits().requires_grad_()
     wide_TE = logits_TE.to(case.wide)
     weights_TK, chosen_TK, _ = case.route(wide_TE, "default_vector")
-    shares_TE = unpicked_shares(wide_TE, chosen_TK, case.scaling_factor, case.temperature)
+    shares_TE = shares_of(case, wide_TE, chosen_TK)
     visited_TKH = torch.tensor(np.take_along_axis(outputs_TEH, chosen_TK.numpy()[..., None], 1))
     y_TH = (weights_TK.double()[..., None] * visited_TKH).sum(1) + shares_TE.double() @ torch.tensor(means_EH)
     (found,) = torch.autograd.grad((torch.tensor(slope_TH) * y_TH).sum(), logits_TE)
@@ -152,7 +162,7 @@ def test_default_vectors_tell_of_every_expert_whether_it_beats_the_mixture(case:
         p = probabilities_of([z / case.temperature for z in logits], "softmax")
         g = [float(slope_TH[token] @ (outputs_TEH[token, j] if j in chosen else means_EH[j])) for j in range(case.experts)]
         mixture = sum(g[i] * p[i] for i in range(case.experts))
-        factor = case.scaling_factor / (case.temperature * mass_of(case, logits, chosen))
+        factor = case.scaling_factor / case.temperature * level_of(case, logits, chosen)
         due.append([factor * p[j] * (g[j] - mixture) for j in range(case.experts)])
     same_gradient(case, found, due, 1e-12)
 
@@ -166,13 +176,13 @@ def test_without_default_vectors_their_gradient_is_the_normalised_straight_throu
 @settings(max_examples=60, deadline=None)
 @given(CASES)
 def test_shares_of_experts_that_were_not_chosen_are_those_of_the_definition(case: Case) -> None:
-    """q_j = p_j / s^tau times the scaling factor, and exactly 0 inside S."""
-    found = unpicked_shares(case.logits(), torch.tensor(case.chosen()), case.scaling_factor, case.temperature, case.scoring)
+    """q_j = w p_j / s^tau times the scaling factor, and exactly 0 inside S."""
+    found = shares_of(case, case.logits(), torch.tensor(case.chosen()))
     assert found.dtype == case.wide
     for row, logits, chosen in zip(found, case.logits().tolist(), case.chosen(), strict=True):
         p = probabilities_of([z / case.temperature for z in logits], case.scoring)
-        mass = mass_of(case, logits, chosen)
-        close(row[None], [[0.0 if j in chosen else case.scaling_factor * p[j] / mass for j in range(case.experts)]])
+        level = level_of(case, logits, chosen)
+        close(row[None], [[0.0 if j in chosen else case.scaling_factor * p[j] * level for j in range(case.experts)]])
         assert row[chosen].tolist() == [0.0] * case.top_k
 
 
@@ -198,6 +208,31 @@ def test_experts_that_were_not_chosen_learn_only_from_the_dense_gradients(gradie
             assert found[unchosen].min() > 1e-6
         else:
             assert found[unchosen].max() < 1e-15
+
+
+@settings(max_examples=40, deadline=None)
+@given(CASES)
+def test_without_renormalisation_the_normalised_gradients_at_temperature_1_are_that_of_the_weights(case: Case) -> None:
+    """The weights are p itself: nothing is scaled, the default vectors' shares are p of the others, and 0 is left to add up."""
+    case = replace(case, scoring="softmax", renormalise=False, temperature=1.0)
+    plain = logit_gradient(case, "topk").double()
+    same_gradient(case, logit_gradient(case, "ste", normalised=True), plain.tolist(), 1e-13)
+    same_gradient(case, logit_gradient(case, "default_vector"), plain.tolist(), 1e-13)
+    shares = shares_of(case, case.logits(), torch.tensor(case.chosen()))
+    for row, logits, chosen in zip(shares, case.logits().tolist(), case.chosen(), strict=True):
+        p = probabilities_of(logits, "softmax")
+        close(row[None], [[0.0 if j in chosen else case.scaling_factor * p[j] for j in range(case.experts)]])
+
+
+@pytest.mark.parametrize("renormalise", [True, False])
+@pytest.mark.parametrize("gradient", ["ste", "default_vector"])
+def test_the_normalised_gradients_have_the_magnitude_of_the_plain_one(gradient: str, renormalise: bool) -> None:
+    """8 of 256 experts hold an eighth of the probability: where weights are divided by it, `ste` is as much smaller unscaled."""
+    case = Case(tokens=40, size=32, groups=8, renormalise=renormalise)
+    ratio = logit_gradient(case, gradient, normalised=True).norm() / logit_gradient(case, "topk").norm()
+    assert 0.5 < ratio < 2, ratio
+    plain = logit_gradient(case, "ste").norm() / logit_gradient(case, "topk").norm()
+    assert (plain < 0.2) == renormalise, plain
 
 
 def test_at_temperature_1_the_straight_through_gradient_is_that_of_unnormalised_weights() -> None:
