@@ -22,6 +22,7 @@ from moexpand.parallel import cpu
 from moexpand.parallel.engine import Engine
 from moexpand.parallel.experts import GroupedExperts
 from moexpand.parallel.moe import GroupedMoELayer
+from moexpand.parallel.optimizer import weights_settled
 
 SKETCH = 1024
 """Least width of a sketch of each matrix; a multiple of the hidden size."""
@@ -54,6 +55,8 @@ def similarities(
 ) -> dict[str, torch.Tensor]:
     """Cosines of siblings in every layer, float64 [layers] on the CPU, NaN for layers without a map. All ranks call it.
 
+    The weights are those that the last step left, also where ranks exchange them late.
+
     Args:
         parent_of: by decoder layer, int64 [E] on the device, the parent of every expert.
         probes: hidden states [N, H] by decoder layer on which to compare outputs; those of one rank are taken.
@@ -61,18 +64,24 @@ def similarities(
     Returns:
         `weights`, `router` and, with probes, `outputs`.
     """
+    with torch.no_grad(), weights_settled(engine.wrapped):
+        return _similarities(engine, parent_of, probes)
+
+
+def _similarities(
+    engine: Engine, parent_of: Mapping[int, torch.Tensor], probes: Mapping[int, torch.Tensor] | None
+) -> dict[str, torch.Tensor]:
     names = ["weights", "router", *(["outputs"] if probes else [])]
     table = torch.full((engine.shape.num_hidden_layers, len(names)), torch.nan, dtype=torch.float64, device=cpu.device())
-    with torch.no_grad():
-        for layer in engine.moe_layers:
-            number = layer.router.layer
-            if number not in parent_of:
-                continue
-            parents = parent_of[number]
-            table[number, 0] = family_cosine(_sketches(layer, engine.shape.moe_intermediate_size), parents)
-            table[number, 1] = family_cosine(layer.router.weight, parents)
-            if probes:
-                table[number, 2] = _output_cosine(layer, parents, probes[number])
+    for layer in engine.moe_layers:
+        number = layer.router.layer
+        if number not in parent_of:
+            continue
+        parents = parent_of[number]
+        table[number, 0] = family_cosine(_sketches(layer, engine.shape.moe_intermediate_size), parents)
+        table[number, 1] = family_cosine(layer.router.weight, parents)
+        if probes:
+            table[number, 2] = _output_cosine(layer, parents, probes[number])
     # Every rank of a stage has the same numbers; other stages have others.
     whole = torch.nan_to_num(table, nan=-9.0)
     dist.all_reduce(whole, op=dist.ReduceOp.MAX)

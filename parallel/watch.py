@@ -26,13 +26,13 @@ class ParentRouter:
     Attributes:
         weight: [P, H].
         parent_of: int64 [E], of every expert.
-        top_k, groups: J and the groups of the parent's own choice.
+        top_k, groups: J and the groups of the parent's own choice; without the latter the overlap is not known.
     """
 
     weight: torch.Tensor
     parent_of: torch.Tensor
     top_k: int
-    groups: int = 1
+    groups: int | None = 1
 
 
 FIGURES = ("entropy", "margin", "parent_overlap", "parents", "tokens")
@@ -106,6 +106,8 @@ def _against_parent(parent: ParentRouter, tokens_TH: torch.Tensor, chosen_TK: to
     """Sums over tokens of the overlap and of the number of distinct parents visited."""
     wide = parent.weight.dtype
     logits_TP = torch.nn.functional.linear(tokens_TH.to(wide), parent.weight)
-    due_TJ = select_experts(torch.softmax(logits_TP, -1), parent.top_k, parent.groups)
     visited_TP = torch.zeros_like(logits_TP, dtype=torch.bool).scatter_(1, parent.parent_of[chosen_TK], True)
+    if parent.groups is None:
+        return logits_TP.new_tensor(torch.nan), visited_TP.to(wide).sum()
+    due_TJ = select_experts(torch.softmax(logits_TP, -1), parent.top_k, parent.groups)
     return visited_TP.gather(1, due_TJ).to(wide).mean(1).sum(), visited_TP.to(wide).sum()

@@ -23,7 +23,7 @@ from moexpand.train.preflight import PLAN, Source
 from moexpand.train.records import Records
 from moexpand.train.schedules import learning_rate, router_multiplier
 from moexpand.train.signals import StopRequest
-from moexpand.train.telemetry import Telemetry
+from moexpand.train.telemetry import Telemetry, telemetry_notes
 from moexpand.upcycle.plan import row_per_line
 
 
@@ -44,9 +44,9 @@ def train(config: TrainCommand, source: Source, data: PackedData, here: ranks.Ra
             write_atomic(run / "config.yaml", to_yaml(config))
             if source.plan is not None:
                 write_atomic(run / PLAN, row_per_line(source.plan.to_json()))
-        for note in notes:
-            display.say(note)
         telemetry = Telemetry(config.track, source, engine)
+        for note in [*notes, *telemetry_notes(config.track, source)]:
+            display.say(note)
 
         def evaluate() -> None:
             if held_out is None or (progress.step % config.evaluate.every and progress.step != steps):

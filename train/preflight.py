@@ -5,6 +5,7 @@ from functools import cached_property
 from pathlib import Path
 
 from moexpand.base.errors import InputError
+from moexpand.base.files import read_json
 from moexpand.conf.check import check_train
 from moexpand.conf.schema import TrainCommand
 from moexpand.data.loader import PackedData
@@ -12,7 +13,7 @@ from moexpand.upcycle.architecture import Architecture
 from moexpand.upcycle.checkpoint import EXPANSION, Checkpoint, open_checkpoint
 from moexpand.upcycle.families import family_of
 from moexpand.upcycle.logical import ExpandedWeights, StoredWeights, Weights, unsupported
-from moexpand.upcycle.plan import Plan, read_plan
+from moexpand.upcycle.plan import PARENT_GROUPS, Plan, read_plan
 from moexpand.upcycle.planner import check_map
 from moexpand.upcycle.recipe import Recipe
 
@@ -36,6 +37,26 @@ class Source:
             return self.plan
         file = self.checkpoint.folder / EXPANSION
         return read_plan(file) if file.is_file() else None
+
+    @cached_property
+    def parent_groups(self) -> int | None:
+        """In how many groups the parent of an expansion routes; None where nothing on the disk tells.
+
+        Children written before the record of the expansion had it may be of a parent with as many groups as they have, or without
+        any, if every group holds just its own block of the parent's experts.
+        """
+        if isinstance(self.checkpoint, ExpandedWeights):
+            return self.checkpoint.parent.architecture.router_n_groups
+        if self.checkpoint is None or self.expansion is None:
+            return None
+        recorded = read_json(self.checkpoint.folder / EXPANSION).get(PARENT_GROUPS)
+        if type(recorded) is int:
+            return recorded
+        groups, maps = self.expansion.num_groups, [row for row in self.expansion.slot_to_parent if row]
+        in_blocks = all(
+            parent * groups // (max(row) + 1) == slot * groups // len(row) for row in maps for slot, parent in enumerate(row)
+        )
+        return None if groups > 1 and in_blocks else 1
 
     @property
     def new_vocabulary(self) -> bool:

@@ -10,6 +10,7 @@ from moexpand.parallel.engine import Engine, StepReport
 from moexpand.parallel.siblings import similarities
 from moexpand.parallel.watch import ParentRouter, RouterWatch
 from moexpand.train.preflight import Source
+from moexpand.upcycle.checkpoint import EXPANSION
 from moexpand.upcycle.families import family_of
 
 
@@ -69,21 +70,20 @@ def parent_routers(source: Source, parent_of: Mapping[int, torch.Tensor]) -> dic
         return {}
     found, arch = {}, source.architecture
     for layer, parents in parent_of.items():
-        groups = _parent_groups(parents, arch.router_n_groups)
         rows_EH = source.checkpoint.read_torch(family_of(arch.model_type).router_name(layer), None).to(torch.float32)
         first = torch.zeros(int(parents.max()) + 1, dtype=torch.int64)
         for slot in reversed(range(len(parents))):
             first[parents[slot]] = slot
-        found[layer] = ParentRouter(rows_EH[first].to(cpu.device()), parents, arch.num_experts_per_tok, groups)
+        rows_PH = rows_EH[first].to(cpu.device())
+        found[layer] = ParentRouter(rows_PH, parents, arch.num_experts_per_tok, source.parent_groups)
     return found
 
 
-def _parent_groups(parent_of_E: torch.Tensor, groups: int) -> int:
-    """Groups of the parent's own router: as many as the child's where every group holds just one block of parents.
-
-    That is how parents with groups are expanded. (The placement `block` of a parent without groups looks alike; there the figure
-    compares with the parent routed in groups, which is what the child computes at step 0.)
-    """
-    size = (int(parent_of_E.max()) + 1) // groups
-    blocks = parent_of_E.unflatten(0, (groups, -1)) // max(size, 1)
-    return groups if (blocks == torch.arange(groups, device=blocks.device)[:, None]).all() else 1
+def telemetry_notes(track: Track, source: Source) -> list[str]:
+    """A line when a figure has to be left out."""
+    if not track.routing_every or source.expansion is None or source.checkpoint is None or source.parent_groups is not None:
+        return []
+    return [
+        f"note: {source.checkpoint.folder / EXPANSION} is of an older version and does not say in how many groups the parent "
+        "routes; moe/router_parent_overlap is left out"
+    ]

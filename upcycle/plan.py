@@ -15,7 +15,10 @@ from moexpand.upcycle.vocabulary import Growth
 
 VERSION = 3
 
-REMARKS = ("prediction", "warnings", "output", "checksum")
+PARENT_GROUPS = "parent_groups"
+"""Key of expansion.json: in how many groups the parent routes, which the plan alone does not always tell."""
+
+REMARKS = ("prediction", "warnings", "output", "checksum", PARENT_GROUPS)
 """Beginnings of the keys of a plan's file that the child does not follow from."""
 
 

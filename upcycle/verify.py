@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from moexpand.upcycle.crew import Progress, default_workers, run_threads
 from moexpand.upcycle.direct import MARGIN, aligned_buffer
 from moexpand.upcycle.jobs import Job, Task
 from moexpand.upcycle.model_code import code_files
-from moexpand.upcycle.plan import Plan
+from moexpand.upcycle.plan import PARENT_GROUPS, Plan
 from moexpand.upcycle.planner import check_counts, check_map
 from moexpand.upcycle.reading import PIECE, OneFile, Reader
 from moexpand.upcycle.recipe import Recipe
@@ -73,6 +74,8 @@ class Expansion:
     """What `expansion.json` says."""
 
     plan: Plan
+    parent_groups: Any
+    """As recorded; None in children that older versions wrote."""
     plan_checksum: str
     """As recorded."""
     checksums: dict[str, str]
@@ -147,11 +150,12 @@ def read_expansion(folder: Path) -> Expansion:
     for key in TABLES:
         if not isinstance(record.get(key), dict):
             raise InputError(f"{file} has no table {key}; it was changed since it was written.")
-    odd = record.keys() - plan.to_json().keys() - {"checksum_of_plan", "checksum_algorithm", *TABLES}
+    odd = record.keys() - plan.to_json().keys() - {PARENT_GROUPS, "checksum_of_plan", "checksum_algorithm", *TABLES}
     if odd:
         raise InputError(f"{file} has {min(odd)}, which no expansion writes; it was changed since it was written.")
     checksums, pieces, code, tokenizer = (record[key] for key in TABLES)
-    return Expansion(plan, str(record.get("checksum_of_plan")), checksums, pieces, code | tokenizer)
+    groups = record.get(PARENT_GROUPS)
+    return Expansion(plan, groups, str(record.get("checksum_of_plan")), checksums, pieces, code | tokenizer)
 
 
 def _check_structure(child: Checkpoint, expansion: Expansion, recipe: Recipe) -> None:
@@ -191,6 +195,11 @@ def _check_plan(
         computed = check_map(recipe.parent, recipe.plan, str(child.folder / EXPANSION), calibration, usage)
     except InputError as error:
         raise CheckFailed(str(error)) from None
+    groups = recipe.parent.architecture.router_n_groups
+    if expansion.parent_groups not in (None, groups):
+        raise CheckFailed(
+            f"{child.folder / EXPANSION} has {PARENT_GROUPS}={expansion.parent_groups!r}, but the parent routes in {groups}."
+        )
     if recipe.plan.digest != expansion.plan_checksum:
         raise CheckFailed(
             f"{child.folder / EXPANSION} was changed since it was written: its plan has the checksum {recipe.plan.digest}, but "

@@ -28,7 +28,7 @@ from moexpand.upcycle.jobs import Job
 from moexpand.upcycle.layout import Layout, check_space, copy_side_files, parse_size, plan_layout
 from moexpand.upcycle.model_code import code_files, write_model_code
 from moexpand.upcycle.partial import PartialFolder
-from moexpand.upcycle.plan import row_per_line
+from moexpand.upcycle.plan import PARENT_GROUPS, row_per_line
 from moexpand.upcycle.recipe import Recipe
 from moexpand.upcycle.safetensors_file import ALIGNMENT
 
@@ -189,9 +189,10 @@ def _publish(recipe: Recipe, crew: Crew) -> None:
 
 
 def _record(recipe: Recipe, partial: PartialFolder) -> dict[str, Any]:
-    """The plan, and checksums of tensors by name."""
+    """The plan, the parent's groups, and checksums of tensors by name."""
     checksums = partial.checksums()
     return recipe.plan.to_json() | {
+        PARENT_GROUPS: recipe.parent.architecture.router_n_groups,
         "checksum_of_plan": recipe.plan.digest,
         "checksum_algorithm": CHECKSUM,
         "checksum_pieces": {name: len(pieces) for name, pieces in checksums.items() if len(pieces) > 1},

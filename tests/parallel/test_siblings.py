@@ -57,3 +57,30 @@ def test_every_layout_finds_the_same_similarities(deep_child: Path) -> None:
         for name in ("weights", "router"):
             assert found[name] == pytest.approx(due[name], abs=1e-3), (layout, name)
         assert all(-1 <= value <= 1 for value in found["outputs"]), layout
+
+
+def after_a_step(folder: Path, layouts: list[dict[str, Any]]) -> list[dict[str, list[float]]]:
+    """Similarities right after a step that moves the weights far, and after one more step to see that the run goes on."""
+    from moexpand.parallel.siblings import similarities
+
+    found = []
+    for layout in layouts:
+        with runs.engine(folder, layout, {"gradient": "ste"}, "fp64") as built:
+            runs.prepare(built)
+            parents = {layer: torch.arange(128) % 32 for layer in built.routed_layers}
+            for first in range(2):
+                runs.train(built, first, first + 1, lr=0.1)
+                figures = similarities(built, parents)
+                found.append({name: values.tolist() for name, values in figures.items()})
+    return found
+
+
+def test_they_are_those_of_the_step_that_was_just_made_also_where_weights_are_gathered_late(deep_child: Path) -> None:
+    """`parallel.overlap` leaves most of a step's new weights on other ranks until the next forward pass."""
+    due = after_a_step(deep_child, [{}])
+    moved = [abs(one - two) for name in due[0] for one, two in zip(due[0][name], due[1][name], strict=True)]
+    assert min(moved) > 1e-4, "the bound tells a step from the next"
+    for found in run_on_ranks(after_a_step, 2, deep_child, [{"overlap": True}, {"expert": 2, "overlap": True}]):
+        for number, figures in enumerate(found):
+            for name in ("weights", "router"):
+                assert figures[name] == pytest.approx(due[number % 2][name], abs=1e-6), (number, name)

@@ -1,6 +1,8 @@
 """What is told of routers and loads equals a computation in float64 numpy, written from the definitions."""
 
+import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,7 +65,9 @@ def due_figures(seen: list[Call], with_parent: tuple[int, ...], parent_groups: i
     return {name: np.array([np.mean(each) if each else np.nan for each in rows]) for name, rows in found.items()}
 
 
-def watched(seen: list[Call], dtype: torch.dtype, with_parent: tuple[int, ...], parent_groups: int = 1) -> dict[str, np.ndarray]:
+def watched(
+    seen: list[Call], dtype: torch.dtype, with_parent: tuple[int, ...], parent_groups: int | None = 1
+) -> dict[str, np.ndarray]:
     """What a watch finds, told of these forward passes by routers of which it only knows layer and groups."""
     weight, parent_of = torch.tensor(PARENT_WEIGHT, dtype=dtype), torch.tensor(PARENT_OF)
     parent = ParentRouter(weight, parent_of, PARENT_TOP_K, parent_groups)
@@ -169,21 +173,97 @@ def test_a_training_step_is_watched_once(tiny_child: Path, recompute: str) -> No
 
 def test_the_parents_routers_are_read_off_the_child(tiny_child: Path) -> None:
     """From the first slot of each parent, which expansion leaves exact while the other copies have noise."""
-    from moexpand.train.preflight import Source
     from moexpand.train.telemetry import parent_routers, parents_of
     from moexpand.upcycle.checkpoint import open_checkpoint
-    from moexpand.upcycle.logical import StoredWeights
 
-    stored = StoredWeights(open_checkpoint(tiny_child))
-    source = Source(stored.architecture, stored)
+    source = _source(tiny_child)
     found = parent_routers(source, parents_of(source, [0, 1]))
     for layer in (0, 1):
         name = f"model.layers.{layer}.mlp.gate.weight"
         due = open_checkpoint(tiny_child.with_name("parent")).read_torch(name)
         assert torch.equal(found[layer].weight, due)
         assert (found[layer].top_k, found[layer].groups) == (4, 1)
-        exact = (stored.read_torch(name) == due[found[layer].parent_of]).all(1)
+        exact = (source.checkpoint.read_torch(name) == due[found[layer].parent_of]).all(1)
         assert int(exact.sum()) == 8, "one copy of each parent"
+
+
+def _source(folder: Path) -> Any:
+    from moexpand.train.preflight import Source
+    from moexpand.upcycle.checkpoint import open_checkpoint
+    from moexpand.upcycle.logical import StoredWeights
+
+    stored = StoredWeights(open_checkpoint(folder))
+    return Source(stored.architecture, stored)
+
+
+@pytest.fixture(scope="module")
+def block_child(tiny_child: Path) -> Path:
+    """Of the same parent; every group holds copies of one block of the parent's experts, as in children of grouped parents."""
+    return make_child(
+        tiny_child.with_name("parent"), tiny_child.with_name("block"), placement="block", num_experts=32, num_groups=4
+    )
+
+
+def test_a_block_child_of_a_parent_without_groups_is_compared_with_plain_top_k(block_child: Path) -> None:
+    """At step 0 it visits one of every pair of the parent's experts, where the parent takes the best 4 of 8."""
+    from moexpand.conf.schema import Track
+    from moexpand.train.telemetry import Telemetry
+    from moexpand.upcycle.checkpoint import open_checkpoint
+
+    source = _source(block_child)
+    seen: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {0: [], 1: []}
+    with runs.engine(block_child, {}, {}, "fp64") as built:
+        runs.prepare(built)
+        for router in built.routers:
+            router.register_forward_hook(lambda router, given, choice: seen[router.layer].append((given[0], choice.chosen)))
+        telemetry = Telemetry(Track(), source, built)
+        report = built.step(runs.on_device([runs.micro_batch(0, vocab=TINY["vocab"])]), 0.0, watch=telemetry.watch(1))
+        row = telemetry.row(1, report)
+    due = []
+    for layer, parent_of in enumerate(source.expansion.slot_to_parent):
+        weight_PH = open_checkpoint(block_child.with_name("parent")).read_torch(f"model.layers.{layer}.mlp.gate.weight").double()
+        ((x_TH, chosen_TK),) = seen[layer]
+        for x, chosen in zip(x_TH.numpy(force=True), chosen_TK.tolist(), strict=True):
+            wanted = np.argsort(-(weight_PH.numpy() @ x))[:4].tolist()
+            due.append(len({parent_of[slot] for slot in chosen} & set(wanted)) / 4)
+    assert row["moe/router_parent_overlap"] == pytest.approx(np.mean(due), abs=1e-6)
+    assert 0.3 < np.mean(due) < 0.95
+    assert row["moe/router_parents"] == 4.0
+
+
+def test_the_parents_groups_are_known_or_the_overlap_is_left_out(tiny_child: Path, block_child: Path, tmp_path: Path) -> None:
+    """From the record of the expansion or from the parent itself; a record without them tells by its map, or not at all."""
+    from moexpand.conf.schema import Track
+    from moexpand.train.preflight import Source
+    from moexpand.train.telemetry import parent_routers, parents_of, telemetry_notes
+    from moexpand.upcycle.checkpoint import open_checkpoint
+    from moexpand.upcycle.logical import ExpandedWeights
+    from moexpand.upcycle.recipe import Recipe
+
+    grandchild = make_child(block_child, tmp_path / "grandchild", placement="block", num_experts=64, num_groups=4)
+    assert [_source(folder).parent_groups for folder in (tiny_child, block_child, grandchild)] == [1, 1, 4]
+    plan = _source(grandchild).expansion
+    while_loading = ExpandedWeights(Recipe(open_checkpoint(block_child), plan))
+    assert Source(while_loading.architecture, while_loading, plan).parent_groups == 4
+    for folder, due in ((tiny_child, 1), (block_child, None), (grandchild, None)):
+        old = tmp_path / f"old_{folder.name}"
+        shutil.copytree(folder, old)
+        record = json.loads((old / "expansion.json").read_text())
+        del record["parent_groups"]
+        (old / "expansion.json").write_text(json.dumps(record))
+        source = _source(old)
+        assert source.parent_groups == due
+        notes = telemetry_notes(Track(), source)
+        assert len(notes) == (due is None)
+        assert not telemetry_notes(Track(routing_every=0), source)
+        assert {router.groups for router in parent_routers(source, parents_of(source, [0, 1])).values()} == {due}
+
+
+def test_without_the_parents_groups_only_its_experts_are_counted(alone: None) -> None:
+    seen = calls(0, [37, 5], [0, 1, 2])
+    due, found = due_figures(seen, (0, 2)), watched(seen, torch.float64, (0, 2), None)
+    assert np.isnan(found["parent_overlap"]).all()
+    np.testing.assert_allclose(found["parents"], due["parents"], rtol=0, atol=1e-13)
 
 
 def test_load_figures_are_those_of_numpy() -> None:

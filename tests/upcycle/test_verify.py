@@ -136,6 +136,7 @@ def _drop(header: dict[str, Any]) -> None:
         ("expansion.json", lambda value: value.update(checksum_algorithm="md5"), "checksum_algorithm='md5'"),
         ("expansion.json", lambda value: value["checksum_pieces"].update({ROUTER: 2}), ROUTER + " equals its recipe"),
         ("expansion.json", lambda value: value.pop("checksum_pieces"), "no table checksum_pieces"),
+        ("expansion.json", lambda value: value.update(parent_groups=8), "parent_groups=8, but the parent routes in 1"),
         ("expansion.json", lambda value: value.update(prediction_of_ours=1), "prediction_of_ours, which no expansion writes"),
         ("model.safetensors.index.json", lambda index: index["metadata"].update(total_size=1), r"'total_size': 1\}\} besides"),
         ("config.json", lambda config: config.update(router_n_groups=4), "router_n_groups=4, but 8"),

@@ -116,6 +116,7 @@ def test_expansion_json_holds_the_plan_and_true_checksums(parent: Path, children
     record = json.loads((child / "expansion.json").read_text())
     assert record["placement"] == "halves_bits"
     assert [len(row) for row in record["slot_to_parent"]] == [512, 512]
+    assert record["parent_groups"] == 1
     assert record["checksum_algorithm"] == "sha256"
     opened = open_checkpoint(child)
     assert set(record["checksums"]) == set(opened.tensors)
