@@ -10,7 +10,7 @@ from typing import Protocol
 
 from moexpand.base.errors import InputError
 from moexpand.conf.layers import layer_factors
-from moexpand.conf.schema import CalibrateCommand, Optim, Parallel, TrainCommand
+from moexpand.conf.schema import Balance, CalibrateCommand, Optim, Parallel, Router, TrainCommand
 
 
 class Numbers(Protocol):
@@ -43,13 +43,14 @@ class Numbers(Protocol):
     def scoring_func(self) -> str: ...
 
 
-def check_train(config: TrainCommand, model: Numbers, world_size: int) -> None:
+def check_train(config: TrainCommand, model: Numbers, world_size: int, biased: bool = False) -> None:
     """Check everything that a training run needs to agree on.
 
     Args:
         config: the composed configuration.
         model: the checkpoint that training starts from, or the fresh model.
         world_size: ranks in all.
+        biased: the routers that training starts or goes on from have a selection bias already.
 
     Raises:
         InputError: the first combination that cannot work.
@@ -58,7 +59,9 @@ def check_train(config: TrainCommand, model: Numbers, world_size: int) -> None:
     check_layout(config.parallel, model, config.precision.name, world_size)
     _check_batch(config, world_size)
     _check_schedule(config.optim, config.train.steps)
-    _check_router(config, model)
+    _check_router(config.router, model, config.train.steps)
+    _check_balance(config.balance, model, biased)
+    _check_track(config)
     if config.evaluate.every and not config.data.held_out:
         raise InputError(
             f"evaluate.every={config.evaluate.every} needs held-out samples and data.held_out is 0; give data.held_out=0.05."
@@ -213,20 +216,65 @@ def check_sequence(key: str, length: int, parallel: Parallel) -> None:
         raise InputError(f"{key}={length} is not a multiple of {parts}, over which the tokens are split evenly; choose {near}.")
 
 
-def _check_router(config: TrainCommand, model: Numbers) -> None:
-    router, balance = config.router, config.balance
+def _check_router(router: Router, model: Numbers, steps: int) -> None:
     if router.gradient != "topk" and model.scoring_func == "sigmoid" and not model.norm_topk_prob:
         raise InputError(
             f"router.gradient={router.gradient} moves experts against each other, and scoring_func=sigmoid without "
             "norm_topk_prob weighs each alone; give router.gradient=topk."
         )
+    if router.gradient == "topk" and router.temperature != 1.0:
+        raise InputError(
+            f"router.temperature={router.temperature} is that of a surrogate and router.gradient=topk has none; leave it out or "
+            "give router.gradient=ste."
+        )
+    if router.gradient != "ste" and router.normalised:
+        why = "needs no scaling" if router.gradient == "topk" else "is scaled like that always"
+        raise InputError(
+            f"router.normalised=true scales the gradient ste and router.gradient={router.gradient} {why}; leave it out or give "
+            "router.gradient=ste."
+        )
+    if router.gradient != "default_vector" and router.default_decay != Router.default_decay:
+        raise InputError(
+            f"router.default_decay={router.default_decay} is that of default vectors and router.gradient={router.gradient} has "
+            "none; leave it out or give router.gradient=default_vector."
+        )
+    if router.warmup_steps > steps:
+        raise InputError(f"router.warmup_steps={router.warmup_steps} is more than train.steps={steps}.")
+
+
+def _check_balance(balance: Balance, model: Numbers, biased: bool) -> None:
     if balance.bias_rate and not balance.selection_bias:
         raise InputError(
             f"balance.bias_rate={balance.bias_rate} moves a selection bias; give balance.selection_bias=true as well."
         )
-    if router.warmup_steps > config.train.steps:
-        raise InputError(f"router.warmup_steps={router.warmup_steps} is more than train.steps={config.train.steps}.")
+    if balance.selection_bias and not balance.bias_rate and not biased:
+        raise InputError(
+            "balance.selection_bias=true starts a bias at 0 and balance.bias_rate=0 leaves it there; give a rate such as "
+            "balance.bias_rate=1e-3 as well."
+        )
     layer_factors("balance.layers", balance.layers, model.num_hidden_layers)
+    if balance.layers and not (balance.coefficient or balance.group_coefficient or balance.z_loss):
+        raise InputError(
+            "balance.layers multiplies balance.coefficient, balance.group_coefficient and balance.z_loss, and all three are 0; "
+            "leave it out or give one of them."
+        )
+
+
+def _check_track(config: TrainCommand) -> None:
+    track, train, parallel = config.track, config.train, config.parallel
+    if not track.sibling_outputs:
+        return
+    if not track.siblings_every:
+        raise InputError(
+            f"track.sibling_outputs={track.sibling_outputs} is for the comparisons of siblings and track.siblings_every=0 makes "
+            "none; leave it out or give track.siblings_every=100."
+        )
+    tokens = train.micro_batch * train.seq_length // (parallel.tensor * parallel.context)
+    if track.sibling_outputs > tokens:
+        raise InputError(
+            f"track.sibling_outputs={track.sibling_outputs} is more than the {tokens} tokens that a rank has of a micro-batch "
+            f"(train.micro_batch x train.seq_length / parallel.tensor / parallel.context); choose at most {tokens}."
+        )
 
 
 def _check_schedule(optim: Optim, steps: int) -> None:

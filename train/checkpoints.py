@@ -16,12 +16,15 @@ from moexpand.base.errors import EnvironmentFailure, InputError
 from moexpand.base.files import PARTIAL, disk_errors, fsync_folder, read_json, sha256, write_atomic, write_json
 from moexpand.parallel import checkpoint, ranks
 from moexpand.parallel.engine import Engine
+from moexpand.train.preflight import CHECKPOINTS as FOLDER
 
-FOLDER = "checkpoints"
 NAME = "step_{:07d}"
 LATEST = "latest"
 TRAINER = "trainer.json"
 MANIFEST = "manifest.json"
+
+KEYS = {"the model's selection_bias": "balance.selection_bias"}
+"""Settings that are kept under another name than the key that sets them."""
 
 
 @dataclass(frozen=True)
@@ -197,4 +200,6 @@ def compare(saved: Progress, fixed: dict[str, Any], noted: dict[str, Any], folde
 
 
 def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    return [f"{key} was {saved.get(key)!r} and is {value!r}" for key, value in now.items() if saved.get(key) != value]
+    return [
+        f"{KEYS.get(key, key)} was {saved.get(key)!r} and is {value!r}" for key, value in now.items() if saved.get(key) != value
+    ]

@@ -17,6 +17,9 @@ from moexpand.upcycle.plan import PARENT_GROUPS, Plan, read_plan
 from moexpand.upcycle.planner import check_map
 from moexpand.upcycle.recipe import Recipe
 
+CHECKPOINTS = "checkpoints"
+"""Folder of a run's checkpoints, `step_...`, inside the run folder."""
+
 PLAN = "plan.json"
 """The run folder's own copy of the plan of `expand`: a run goes on and is exported without the file that it was started with."""
 
@@ -116,10 +119,17 @@ def open_data(config: TrainCommand) -> PackedData:
 def check(config: TrainCommand, world_size: int) -> tuple[Source, PackedData]:
     """Open model and data and check that they, the layout and the ranks agree."""
     source = source_of(config)
-    check_train(config, source.architecture, world_size)
+    check_train(config, source.architecture, world_size, _has_selection_bias(config, source))
     data = open_data(config)
     check_vocabulary(data, config.data.shards, source.architecture)
     return source, data
+
+
+def _has_selection_bias(config: TrainCommand, source: Source) -> bool:
+    """Whether the routers have one before the first step: from the checkpoint, or from the run that goes on."""
+    if source.checkpoint is not None and source.checkpoint.architecture.selection_bias:
+        return True
+    return any((Path(config.run.dir) / CHECKPOINTS).glob("step_*"))
 
 
 def check_vocabulary(data: PackedData, shards: str, architecture: Architecture) -> None:

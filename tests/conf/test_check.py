@@ -44,6 +44,10 @@ def refused(world_size: int, *overrides: str) -> str:
         (4, ["parallel.expert_tensor=2", "parallel.expert=2"]),
         (2, ["parallel=pp2", "parallel.interleave=2"]),
         (1, ["balance.selection_bias=true", "balance.bias_rate=1e-3", "balance.layers=[0-1x4,3x0.5]"]),
+        (1, ["router.gradient=default_vector", "router.default_decay=0.5", "router.temperature=2"]),
+        (1, ["router.normalised=true", "router.temperature=0.5"]),
+        (1, ["balance.layers=[0x2]", "balance.coefficient=0", "balance.z_loss=1e-3"]),
+        (2, ["track.sibling_outputs=1024", "parallel.tensor=2", "train.micro_batch=2"]),
     ],
 )
 def test_layouts_that_work_pass(world_size: int, overrides: list[str]) -> None:
@@ -99,6 +103,31 @@ def test_layouts_that_work_pass(world_size: int, overrides: list[str]) -> None:
             "a data-parallel rank has 3 a step; choose train.global_batch=2 or a multiple.",
         ),
         (1, ["balance.bias_rate=1e-3"], "balance.bias_rate=0.001 moves a selection bias; give balance.selection_bias=true"),
+        (1, ["balance.selection_bias=true"], "balance.bias_rate=0 leaves it there; give a rate such as balance.bias_rate=1e-3"),
+        (
+            1,
+            ["router.gradient=topk", "router.temperature=0.5"],
+            "router.temperature=0.5 is that of a surrogate and router.gradient",
+        ),
+        (1, ["router.gradient=topk", "router.normalised=true"], "router.gradient=topk needs no scaling; leave it out or give"),
+        (
+            1,
+            ["router.gradient=default_vector", "router.normalised=true"],
+            "router.gradient=default_vector is scaled like that always",
+        ),
+        (1, ["router.default_decay=0.5"], "router.default_decay=0.5 is that of default vectors and router.gradient=ste has none"),
+        (
+            1,
+            ["balance.layers=[0x2]", "balance.coefficient=0"],
+            "balance.layers multiplies balance.coefficient, balance.group_coefficient and balance.z_loss, and all three are 0",
+        ),
+        (1, ["track.sibling_outputs=8", "track.siblings_every=0"], "track.siblings_every=0 makes none"),
+        (
+            2,
+            ["track.sibling_outputs=1025", "parallel.tensor=2", "train.micro_batch=2"],
+            "track.sibling_outputs=1025 is more than the 1024 tokens that a rank has of a micro-batch (train.micro_batch x "
+            "train.seq_length / parallel.tensor / parallel.context); choose at most 1024.",
+        ),
         (1, ["router.warmup_steps=101"], "router.warmup_steps=101 is more than train.steps=100"),
         (1, ["balance.layers=[4x2]"], "balance.layers holds '4x2' and the layers of this model are 0 to 3."),
         (1, ["balance.layers=[0-2x2,1x3]"], "balance.layers names layer 1 twice."),
@@ -124,6 +153,11 @@ def test_layouts_that_work_pass(world_size: int, overrides: list[str]) -> None:
 )
 def test_impossible_combination_is_one_sentence_with_its_numbers(world_size: int, overrides: list[str], expected: str) -> None:
     assert expected in refused(world_size, *overrides)
+
+
+def test_a_bias_that_is_there_already_may_stay_as_it_is() -> None:
+    frozen = config("balance.selection_bias=true")
+    check_train(frozen, frozen.model, 1, biased=True)
 
 
 def test_dense_model_has_no_experts_to_split() -> None:

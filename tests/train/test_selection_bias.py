@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moexpand.base.errors import DONE, WRONG_INPUT
+from moexpand.base.errors import DONE, WRONG_INPUT, InputError
 from moexpand.upcycle.checkpoint import open_checkpoint
 from moexpand.upcycle.logical import StoredWeights
 from tests import closed_form
@@ -197,6 +197,34 @@ def test_a_parent_that_takes_up_a_bias_computes_the_same_under_the_type_that_car
     assert (described["model_type"], described["router_selection_bias"]) == ("qwen3_moe_grouped", True)
     assert not any(_tensors(target)[name].any() for name in BIASES)
     assert np.abs(_logits(_model(target)) - _logits(_model(parent))).max() <= 1e-5
+
+
+def test_a_bias_that_would_stay_0_is_refused_and_one_that_is_there_may_stay(
+    plain: Path, biased: Path, run: Path, shards: Path, tmp_path: Path
+) -> None:
+    """From the checkpoint, or from a run that goes on."""
+    from moexpand.conf.compose import compose
+    from moexpand.train import preflight
+
+    def check(checkpoint: Path, folder: Path) -> None:
+        words = [f"checkpoint={checkpoint}", f"data.shards={shards}", f"run.dir={folder}", "balance.selection_bias=true"]
+        preflight.check(compose("train", [*words, "train.seq_length=64"]), 1)
+
+    check(biased, tmp_path)
+    check(plain, run)
+    with pytest.raises(InputError, match=r"balance\.bias_rate=0 leaves it there"):
+        check(plain, tmp_path)
+
+
+def test_a_run_that_goes_on_with_a_bias_or_without_one_is_refused_by_the_key(run: Path) -> None:
+    from moexpand.train import checkpoints
+
+    folder = checkpoints.find(run)
+    saved = checkpoints.read_progress(folder)
+    fixed = saved.fixed | {"the model's selection_bias": False}
+    assert not checkpoints.compare(saved, saved.fixed, saved.noted, folder)
+    with pytest.raises(InputError, match=r"from: balance\.selection_bias was True and is False; set them back"):
+        checkpoints.compare(saved, fixed, saved.noted, folder)
 
 
 def test_lmdeploys_format_cannot_carry_it(run: Path, tmp_path: Path, capsys: Any) -> None:
