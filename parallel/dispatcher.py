@@ -2,7 +2,8 @@
 
 Every token visits K/G experts in each group, so a rank that owns whole groups computes exactly U x K / EP rows, whatever the
 data: tokens and routing are all-gathered, every rank takes its groups' columns, outputs are reduce-scattered. No sizes are
-exchanged, and no buffer depends on the routing. The gather of the weights is differentiable: the router gets its gradient from
+exchanged, and none of the dispatcher's buffers depends on the routing. (Those of the experts do on a CPU, which pads neighbouring
+experts to the same number of rows: see rows.py.) The gather of the weights is differentiable: the router gets its gradient from
 the experts of all ranks.
 
 Legend: T tokens of this rank, U tokens of all ranks of the ETP x EP group, K chosen, C = K / EP columns of this rank, H hidden.
@@ -20,7 +21,8 @@ class GroupedAllGather:
     def __init__(self, num_experts: int, top_k: int, pg_collection: Any) -> None:
         self.ep_size, self.ep_rank = pg_collection.ep.size(), pg_collection.ep.rank()
         self.group = pg_collection.tp_ep
-        self.first_expert = self.ep_rank * (num_experts // self.ep_size)
+        self.experts = num_experts // self.ep_size
+        self.first_expert = self.ep_rank * self.experts
         self.columns = top_k // self.ep_size
         self.rows = 0
         """Rows that the last forward pass computed here."""
@@ -40,7 +42,10 @@ class GroupedAllGather:
         own = slice(self.ep_rank * self.columns, (self.ep_rank + 1) * self.columns)
         local_UC = chosen_TK[:, own] - self.first_expert
         self.rows = local_UC.numel()
-        assert self.rows * self.ep_size == chosen_TK.numel(), "every rank computes tokens x K / EP rows"
+        # Every column belongs to an expert of this rank, on every rank: so these tokens x K / EP rows are all that it computes.
+        # On a GPU the device finds out by itself, and the host does not wait.
+        own_groups = ((local_UC >= 0) & (local_UC < self.experts)).all()
+        torch._assert_async(own_groups, "the chosen experts' columns are not in order of the groups")
         return tokens_TH, local_UC, weights_TK[:, own]
 
     def scatter(self, outputs_UH: torch.Tensor) -> torch.Tensor:

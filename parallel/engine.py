@@ -15,6 +15,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from moexpand.base.errors import InputError
+from moexpand.base.routes import check_routes
 from moexpand.parallel import context, cpu, optimizer, phases, weights
 from moexpand.parallel.batch import PackedBatch
 from moexpand.parallel.model import build_stages
@@ -97,9 +99,13 @@ class Engine:
 
         Args:
             router_lr: learning rate of the routers; None is `lr`.
-            routes: experts to visit, [T, layers, K] for each micro-batch, instead of the routers' choice.
+            routes: experts to visit, [T, layers, K] for each micro-batch, instead of the routers' choice; given on all ranks or
+                on none.
             record: give back the routes.
             watch: looks at the routers' work and measures the parts of the step.
+
+        Raises:
+            InputError: on all ranks, where the routes of one are not for this model and its micro-batches.
         """
         if watch is None:
             return self._step(batches, lr, router_lr, self._routes(batches, routes, record))
@@ -152,7 +158,7 @@ class Engine:
         """Logits [T, V] in the model's dtype of each batch, whole on every rank of the last pipeline stage, empty elsewhere.
 
         Every data-parallel rank computes the batches that it is given; the ranks of an expert-parallel group must be given
-        equally many of equal length. Routes are replayed and recorded as in `step`, and are whole on every rank.
+        equally many of equal length. Routes are replayed, refused and recorded as in `step`, and are whole on every rank.
         """
         outputs: list[torch.Tensor] = []
         recorded: list[np.ndarray] = []
@@ -312,11 +318,28 @@ class Engine:
 
     def _routes(self, batches: Sequence[PackedBatch], routes: Sequence[np.ndarray] | None, record: bool) -> Routes | None:
         if routes is not None:
+            self._check_routes(batches, routes)
             return Routes.replaying(self._filled_routes(routes))
         if not record:
             return None
         tokens = sum(batch.tokens.numel() for batch in self._filled_up(batches))
         return Routes(self.shape.num_hidden_layers, tokens, self.shape.num_experts_per_tok)
+
+    def _check_routes(self, batches: Sequence[PackedBatch], routes: Sequence[np.ndarray]) -> None:
+        """Refuse routes on all ranks alike: one that went on alone would wait for the others for ever."""
+        shape, wrong = self.shape, ""
+        try:
+            if len(routes) != len(batches):
+                raise InputError(f"The routes of {len(routes)} micro-batches were given for {len(batches)}.")
+            for number, (batch, each) in enumerate(zip(batches, routes, strict=True)):
+                due = (batch.tokens.numel(), shape.num_hidden_layers, shape.num_experts_per_tok)
+                check_routes(each, due, shape.num_experts, shape.router_n_groups, f"The routes of micro-batch {number}")
+        except InputError as error:
+            wrong = str(error)
+        others = torch.tensor(float(bool(wrong)), device=cpu.device())
+        dist.all_reduce(others)
+        if wrong or others:
+            raise InputError(wrong or "The routes that another rank was given are refused there.")
 
     def _filled_routes(self, routes: Sequence[np.ndarray]) -> list[np.ndarray]:
         lacking = -len(routes) % self.layout.pipeline if self.layout.interleave > 1 else 0

@@ -80,6 +80,29 @@ def test_grouped_routing_gives_every_rank_as_many_rows(deep_child: Path, dispatc
         assert np.sum(load) == due * RANKS
 
 
+def misplaced(folder: Path) -> list[str]:
+    """What the grouped dispatcher says to columns in the order of the groups, and to others."""
+    said = []
+    with runs.engine(folder, _layout("grouped_allgather"), {}) as built:
+        own, generator = built.moe_layers[0].own, torch.Generator().manual_seed(0)
+        tokens, ordered = torch.zeros(4, own.columns), torch.arange(8).repeat(4, 1) * 16
+        late = torch.stack([row[torch.randperm(8, generator=generator)] for row in ordered])
+        for chosen_TK in (ordered, ordered + 15, ordered.flip(1), late):
+            try:
+                own.gather(tokens, chosen_TK, torch.ones(4, 8))
+                said.append("")
+            except RuntimeError as error:
+                said.append(str(error))
+    return said
+
+
+def test_columns_of_another_ranks_experts_are_noticed(deep_child: Path) -> None:
+    """The rows of a rank are tokens x K / EP because every column that it takes is of its own groups, which is looked at."""
+    for fine, last, *wrong in run_on_ranks(misplaced, RANKS, deep_child):
+        assert (fine, last) == ("", "")
+        assert all("the chosen experts' columns are not in order of the groups" in each for each in wrong)
+
+
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
 def test_plain_routing_shows_the_contrast_and_still_runs(deep_parent: Path, dispatcher: str) -> None:
     """A collapsed plain router sends every token to the first rank; the other has none in any layer and waits for nobody."""

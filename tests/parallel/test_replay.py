@@ -1,13 +1,18 @@
 """Routes recorded in one forward pass and replayed in another."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from moexpand.base.errors import InputError
 from moexpand.cli import main
 from tests.parallel import runs
+from tests.processes import run_on_ranks
 
 TOKENS = np.random.default_rng(5).integers(0, 256, (2, 20))
 
@@ -48,3 +53,55 @@ def test_routes_of_another_model_are_refused(
     assert main(["logits", *words, f"out={tmp_path / 'out.npy'}"]) == 2
     assert "routes.npy" in capsys.readouterr().err
     assert not (tmp_path / "out.npy").exists()
+
+
+def _refused(call: Callable[[], Any]) -> list[str]:
+    try:
+        call()
+    except InputError as error:
+        return [str(error)]
+    return []
+
+
+def refusals(folder: Path, layouts: list[dict[str, Any]]) -> list[tuple[list[str], int]]:
+    """What steps and logits say to routes of which rank 1 alone has wrong ones, and the tokens of a step after that."""
+    found = []
+    for layout in layouts:
+        with runs.engine(folder, layout, {"gradient": "ste"}) as built:
+            runs.prepare(built)
+            batches = runs.device_batches(built, 0)
+            good = np.broadcast_to(np.arange(8, dtype=np.uint8) * 16, (64, 4, 8))
+            outside, twice = good.copy(), good.copy()
+            outside[3, 1] = np.arange(8)
+            twice[3, 1, 7] = twice[3, 1, 6]
+            said = []
+            for wrong in (
+                [good] * (len(batches) + 1),
+                [good[1:]] * len(batches),
+                [outside] * len(batches),
+                [twice] * len(batches),
+            ):
+                routes = wrong if built.ranks.world_rank == 1 else [good] * len(batches)
+                said += _refused(partial(built.step, batches, 1e-3, routes=routes))
+                said += _refused(partial(built.logits, batches[:1], [routes[-1]]))
+            found.append((said, built.step(batches, 1e-3, routes=[good] * len(batches)).tokens))
+    return found
+
+
+def test_wrong_routes_are_refused_on_all_ranks_alike(deep_child: Path) -> None:
+    """Nobody waits for the rank that refuses, and the engine still works."""
+    layouts = [{"expert": 2, "dispatcher": "grouped_allgather"}, {"expert": 2}, {"pipeline": 2}]
+    first, second = run_on_ranks(refusals, 2, deep_child, layouts)
+    for layout, (said, tokens), (reason, _) in zip(layouts, first, second, strict=True):
+        assert said == ["The routes that another rank was given are refused there."] * 7, layout
+        count, *reasons = reason
+        micro_batches = 4 if "pipeline" in layout else 2
+        assert count == f"The routes of {micro_batches + 1} micro-batches were given for {micro_batches}."
+        words = (
+            "have the shape [63, 4, 8]",
+            "do not visit 1 of every group's 16 experts",
+            "send a token to the same expert twice",
+        )
+        assert [sum(word in each for each in reasons) for word in words] == [2, 2, 2], reasons
+        assert all(each.startswith("The routes of micro-batch 0") for each in reasons)
+        assert tokens > 0

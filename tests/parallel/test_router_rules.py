@@ -97,11 +97,8 @@ def _biases(built: Any) -> np.ndarray:
 
 @pytest.mark.parametrize("rate", [1e-3, 0.25])
 def test_the_selection_bias_moves_by_its_rate_against_the_load_of_the_group(tiny: Path, rate: float) -> None:
-    """Exactly, from step to step, and by what was dispatched: at last by replayed routes that crowd the first group.
-
-    Its mean load is 192; the third expert has 192 tokens and stays, though the mean over all experts is 128.
-    """
-    row = np.array([[0, 1, 2, 4]] * 48 + [[0, 1, 3, 4]] * 16)
+    """Exactly, from step to step, and by what was dispatched: at last by replayed routes, with the mean load on three experts."""
+    row = np.array([[0, 1, 4, 5]] * 32 + [[0, 2, 4, 6]] * 16 + [[0, 3, 4, 6]] * 16)
     routes = [np.repeat(row[:, None], LAYERS, axis=1)] * 4
     with runs.engine(tiny, {}, {"bias_rate": rate}, shape=SHAPE) as built:
         runs.prepare(built)
@@ -111,8 +108,8 @@ def test_the_selection_bias_moves_by_its_rate_against_the_load_of_the_group(tiny
             bias_LE = _moved(bias_LE, report.dispatched.numpy(), rate)
             assert np.array_equal(_biases(built), bias_LE), step
         report = built.step(runs.device_batches(built, 0), 0.0, routes=routes)
-        assert report.dispatched.tolist() == [[256, 256, 192, 64, 256, 0, 0, 0]] * LAYERS
-        by_hand = np.float32(rate) * np.array([-1, -1, 0, 1, -1, 1, 1, 1], dtype="f4")
+        assert report.dispatched.tolist() == [[256, 128, 64, 64, 256, 128, 128, 0]] * LAYERS
+        by_hand = np.float32(rate) * np.array([-1, 0, 1, 1, -1, 0, 0, 1], dtype="f4")
         assert np.array_equal(_biases(built), bias_LE + by_hand)
 
 
