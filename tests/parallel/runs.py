@@ -125,6 +125,7 @@ class Row:
     grad_norm: float
     tokens: int
     balance: list[float]
+    group_balance: list[float]
     z_loss: list[float]
     dispatched: list[list[float]]
 
@@ -148,8 +149,8 @@ def train(
         report = built.step(device_batches(built, step), lr, routes=routes, record=record is not None)
         if record is not None:
             record.append(report.routes)
-        numbers = (report.balance.tolist(), report.z_loss.tolist(), report.dispatched.tolist())
-        rows.append(Row(report.loss, report.grad_norm, report.tokens, *numbers))
+        losses = (report.balance.tolist(), report.group_balance.tolist(), report.z_loss.tolist())
+        rows.append(Row(report.loss, report.grad_norm, report.tokens, *losses, report.dispatched.tolist()))
     return rows
 
 

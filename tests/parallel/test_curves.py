@@ -27,10 +27,9 @@ def _far(found: list[Row], due: list[Row], loss: float, grad_norm: float) -> lis
     assert len(found) == len(due)
     for step, (one, other) in enumerate(zip(found, due, strict=True)):
         pairs = [("loss", one.loss, other.loss, loss), ("grad_norm", one.grad_norm, other.grad_norm, grad_norm)]
-        for layer, (mine, theirs) in enumerate(zip(one.balance, other.balance, strict=True)):
-            pairs.append((f"balance of layer {layer}", mine, theirs, 10 * grad_norm))
-        for layer, (mine, theirs) in enumerate(zip(one.z_loss, other.z_loss, strict=True)):
-            pairs.append((f"z-loss of layer {layer}", mine, theirs, 10 * grad_norm))
+        for name in ("balance", "group_balance", "z_loss"):
+            for layer, (mine, theirs) in enumerate(zip(getattr(one, name), getattr(other, name), strict=True)):
+                pairs.append((f"{name} of layer {layer}", mine, theirs, 10 * grad_norm))
         wrong += [f"step {step} {name}: {a!r} {b!r}" for name, a, b, bound in pairs if abs(a - b) > bound * abs(b)]
         if one.tokens != other.tokens:
             wrong.append(f"step {step} tokens: {one.tokens} {other.tokens}")

@@ -106,6 +106,72 @@ def test_tensor_and_pipeline_stages_compute_the_same_logits(
                 assert _distance(found, expected) <= 1e-5, layout
 
 
+KINDS: tuple[dict[str, Any], ...] = (
+    {"context": 2},
+    {"context": 2, "expert": 2, "dispatcher": "grouped_allgather"},
+    {"expert_tensor": 2},
+    {"tensor": 2, "expert": 2},
+    {"pipeline": 2, "interleave": 2},
+    {"pipeline": 2, "interleave": 2, "recompute": "full"},
+)
+"""Every way of splitting a model, on two ranks."""
+
+
+def routed_logits(folder: Path, routes: np.ndarray | None) -> list[tuple[np.ndarray | None, np.ndarray | None]]:
+    """Logits [B, S, V] on every kind of layout in float64 and the routes [B, S, layers, K] that they took, or those given."""
+    from moexpand.parallel.batch import PackedBatch
+
+    found = []
+    for layout in KINDS:
+        with runs.engine(folder, layout, {}, "fp64") as built:
+            batches = [PackedBatch.from_sequences(torch.from_numpy(row[None])) for row in TOKENS]
+            outputs, recorded = built.logits(batches, None if routes is None else list(routes), record=routes is None)
+            whole = np.stack([each.numpy() for each in outputs]) if outputs else None
+            found.append((whole, None if recorded is None else np.stack(recorded)))
+    return found
+
+
+def test_every_kind_of_layout_computes_the_closed_form_by_its_own_routes_and_by_given_ones(deep_child: Path) -> None:
+    """Routes are whole on every rank, logits on every rank of the last stage."""
+    shape = runs.shape_of(deep_child)
+    members = np.arange(shape.num_experts).reshape(shape.router_n_groups, -1)
+    given = np.random.default_rng(3).integers(0, members.shape[1], (*TOKENS.shape, shape.num_hidden_layers, len(members)))
+    given += members[:, 0]
+    chosen: dict[int, list[list[int]]] = {layer: [] for layer in range(shape.num_hidden_layers)}
+
+    def own(layer: int) -> closed_form.Pick:
+        def pick(z_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            best = members[np.arange(len(members)), z_E[members].argmax(-1)]
+            chosen[layer].append(best.tolist())
+            return best, closed_form.softmax(z_E[best])
+
+        return pick
+
+    def told(layer: int) -> closed_form.Pick:
+        rows = iter(given[:, :, layer].reshape(-1, len(members)))
+
+        def pick(z_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            row = next(rows)
+            return row, closed_form.softmax(z_E[row])
+
+        return pick
+
+    layers = range(shape.num_hidden_layers)
+    due = closed_form.logits(deep_child, TOKENS, [own(layer) for layer in layers])
+    forced = closed_form.logits(deep_child, TOKENS, [told(layer) for layer in layers])
+    due_routes = np.stack([np.array(chosen[layer]).reshape(*TOKENS.shape, -1) for layer in layers], axis=2)
+    for routes, expected in ((None, due), (given, forced)):
+        for rank, answer in enumerate(run_on_ranks(routed_logits, 2, deep_child, routes)):
+            for layout, (found, recorded) in zip(KINDS, answer, strict=True):
+                assert (found is None) == ("pipeline" in layout and rank == 0), layout
+                if found is not None:
+                    assert _distance(found, expected) <= 1e-9, layout
+                if routes is None:
+                    assert recorded is not None
+                    assert np.array_equal(np.sort(recorded, axis=-1), np.sort(due_routes, axis=-1)), layout
+    assert _distance(due, forced) > 0.1, "the routes matter"
+
+
 def test_the_command_on_two_ranks_writes_the_closed_form(
     children: dict[str, Path], closed_forms: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
