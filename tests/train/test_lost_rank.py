@@ -10,9 +10,11 @@ from moexpand.launch.local import run_workers
 from tests.parents import make_child, make_parent
 from tests.train.conftest import from_checkpoint, settings
 
-TIMEOUT = 8.0
-START, KILL = 45.0, 35.0
-"""Seconds that workers may take to start, and torchrun to give up on a stopped one that does not hear SIGTERM."""
+TIMEOUT = {"dies": 60.0, "hangs": 20.0}
+"""Longest wait for a peer, also while ranks start, which a busy machine may let drift apart."""
+LIMIT = {"dies": 30.0, "hangs": 20.0 + 35.0 + 15.0}
+"""Seconds from the failure to the end. Who notices a closed connection does not wait for the timeout. A hanging peer is waited for;
+then torchrun takes 30 s to give up on the stopped one, which does not hear SIGTERM."""
 
 DISPATCHERS = ("alltoall", "allgather", "grouped_allgather")
 
@@ -24,6 +26,7 @@ def child(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.faults
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("dispatcher", DISPATCHERS)
 @pytest.mark.parametrize("how", ["dies", "hangs"])
 def test_the_other_rank_stops_with_a_sentence(
@@ -34,16 +37,14 @@ def test_the_other_rank_stops_with_a_sentence(
         shards,
         run,
         parallel__dispatcher=dispatcher,
-        parallel__timeout_seconds=TIMEOUT,
+        parallel__timeout_seconds=TIMEOUT[how],
         train__global_batch=2,
         save__every=1,
         **from_checkpoint(child),
     )
     arguments = [how, str(tmp_path), *words[1:]]
-    began = time.monotonic()
-    code = run_workers("tests.train.faulty_worker", arguments, 2, run / "launch.log", run, 5.0, timeout=180)
-    took = time.monotonic() - began
-    assert (tmp_path / "failed").exists()
+    code = run_workers("tests.train.faulty_worker", arguments, 2, run / "launch.log", run, 5.0, timeout=300)
+    took = time.time() - (tmp_path / "failed").stat().st_mtime
     assert code == 3
     sentence = capfd.readouterr().err
     fate = {"dies": "closed its connection", "hangs": "did not answer in time (parallel.timeout_seconds)"}[how]
@@ -51,7 +52,7 @@ def test_the_other_rank_stops_with_a_sentence(
         f"moexpand: Rank 0 stopped because a peer {fate}; find in the log which rank failed first and why, then start again "
         "(training goes on from the newest checkpoint).\n"
     )
-    assert took < START + (TIMEOUT + KILL if how == "hangs" else 0)
+    assert took < LIMIT[how]
     pids = [int(file.read_text()) for file in tmp_path.glob("pid.*")]
     assert len(pids) == 2
     assert not [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
