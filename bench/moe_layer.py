@@ -2,7 +2,8 @@
 
     layer     512 experts in 8 groups (router gradient `ste`) against the 128-expert parent's layer (plain top-8), same active
               parameters and tokens; forward and backward, at several numbers of rows an expert
-    router    grouped router with `ste` against plain top-8 routers over the same 512 experts: ours and Megatron-Core's
+    router    grouped router with `ste` against plain top-8 routers over the same 512 experts (ours and Megatron-Core's) and
+              against itself with `default_vector`; the whole layer with both gradients
     experts   our 512 experts against Megatron-Core's SequentialMLP and transformers' grouped_mm experts, same weights and rows;
               ours is handed sorted rows in the first comparison and sorts them itself in the second, as the others do
 
@@ -128,7 +129,9 @@ def compare_routers(sizes: argparse.Namespace) -> None:
 
     from moexpand.parallel import cpu
 
-    grouped, plain = moe_layer(EXPERTS, GROUPS, sizes, gradient="ste").router, moe_layer(EXPERTS, 1, sizes).router
+    child, dense = (moe_layer(EXPERTS, GROUPS, sizes, gradient=gradient) for gradient in ("ste", "default_vector"))
+    dense.load_state_dict(child.state_dict(), strict=False)
+    grouped, plain = child.router, moe_layer(EXPERTS, 1, sizes).router
     config = copy.copy(plain.config)
     config.moe_router_load_balancing_type, config.moe_aux_loss_coeff, config.moe_router_fusion = "aux_loss", 1e-3, False
     megatron = TopKRouter(config, ProcessGroupCollection.use_mpu_process_groups()).to(cpu.device()).train()
@@ -150,17 +153,41 @@ def compare_routers(sizes: argparse.Namespace) -> None:
 
         return run
 
+    def with_vectors(layer: Any) -> Run:
+        """The router with what `default_vector` adds to the layer beside the experts' sums."""
+        x, tags_T = x_TH.clone().requires_grad_(), torch.arange(len(x_TH), device=x_TH.device) * 2
+        output_TH, gradient = torch.zeros_like(x_TH).requires_grad_(), torch.rand(len(x_TH), TOP_K, device=x_TH.device)
+
+        def run() -> None:
+            forget_gradients(layer.router)
+            x.grad = output_TH.grad = None
+            choice = layer.router(x, tags_T)
+            represented_TH = layer.default_vectors.represent(output_TH, choice.shares)
+            torch.autograd.backward([choice.weights, represented_TH], [gradient, x_TH])
+
+        return run
+
     def theirs() -> None:
         forget_gradients(megatron)
         x = x_TH[:, None].clone().requires_grad_()
         weights_TE, _ = megatron(x)
         weights_TE.backward(weights_TE.detach())
 
-    runs = {"grouped, ste": ours(grouped), "plain top-8, ours": ours(plain), "plain top-8, Megatron-Core": theirs}
+    runs = {
+        "grouped, ste": ours(grouped),
+        "plain top-8, ours": ours(plain),
+        "plain top-8, Megatron-Core": theirs,
+        "grouped, default_vector": with_vectors(dense),
+    }
     seconds = interleaved(runs, sizes.rounds * 4)
     print(f"router with balance loss, forward and backward, {len(x_TH)} tokens, hidden {sizes.hidden}, {EXPERTS} experts:")
     for name, measured in seconds.items():
         print(f"  {name:28s}{spread(measured)}, grouped / this {ratio(seconds, 'grouped, ste', name):.3f}")
+    seconds = interleaved({"ste": through(child, x_TH), "default_vector": through(dense, x_TH)}, sizes.rounds)
+    print(
+        f"  the whole layer: ste {spread(seconds['ste'])}, default_vector {spread(seconds['default_vector'])}, "
+        f"ratio {ratio(seconds, 'default_vector', 'ste'):.3f}"
+    )
 
 
 def compare_experts(sizes: argparse.Namespace) -> None:
@@ -247,7 +274,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser()
     questions = {"layer": compare_layers, "router": compare_routers, "experts": compare_experts}
-    parser.add_argument("questions", nargs="*", choices=[*questions, []], default=list(questions))
+    parser.add_argument("questions", nargs="*", choices=[*questions, []], help="all by default")
     parser.add_argument("--hidden", type=int, help="512 by default, for the experts also the quickstart's 192")
     parser.add_argument("--intermediate", type=int, help="512 by default, for the experts also the quickstart's 48")
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
@@ -265,7 +292,7 @@ def main() -> None:
 
     torch.manual_seed(0)
     ranks.start(Layout())
-    for question in sizes.questions:
+    for question in sizes.questions or questions:
         widths = [(sizes.hidden or 512, sizes.intermediate or 512)]
         if question == "experts" and not (sizes.hidden or sizes.intermediate):
             widths.insert(0, QUICKSTART)

@@ -13,8 +13,8 @@ from tests.train.conftest import from_checkpoint, settings
 TIMEOUT = {"dies": 60.0, "hangs": 20.0}
 """Longest wait for a peer, also while ranks start, which a busy machine may let drift apart."""
 LIMIT = {"dies": 30.0, "hangs": 20.0 + 35.0 + 15.0}
-"""Seconds from the failure to the end. Who notices a closed connection does not wait for the timeout. A hanging peer is waited for;
-then torchrun takes 30 s to give up on the stopped one, which does not hear SIGTERM."""
+"""Seconds from the failure to the end. Who notices a closed connection does not wait for the timeout. A hanging peer is waited
+for; then torchrun takes 30 s to give up on the stopped one, which does not hear SIGTERM."""
 
 DISPATCHERS = ("alltoall", "allgather", "grouped_allgather")
 
