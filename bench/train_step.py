@@ -1,9 +1,10 @@
 """A whole training step of the quickstart's parent: our engine against transformers, one process each, taking turns.
 
 Same weights, tokens, threads, AdamW and clipping; transformers with sdpa attention and its grouped_mm experts. Each has a process
-of its own because our engine changes how a process gets its memory, which makes transformers faster too. Prints medians of tokens
-a second, the ratio and the versions. `python bench/train_step.py [rounds [folder]]`: a random parent and random tokens, whose
-routers send some experts nothing and others many times the mean, or the parent and the tokens of a finished quickstart (folder).
+of its own because our engine changes how a process gets its memory, which makes transformers faster too. A turn is four steps;
+the first finds caches that the other process has filled and is counted apart. Prints medians of tokens a second, both ratios and
+the versions. `python bench/train_step.py [turns [folder]]`: a random parent and random tokens, whose routers send some experts
+nothing and others many times the mean, or the parent and the tokens of a finished quickstart (folder).
 """
 
 import multiprocessing
@@ -20,6 +21,7 @@ import torch
 
 warnings.filterwarnings("ignore")
 LAYERS, SEQUENCES, LENGTH, VOCABULARY = 4, 4, 512, 8448
+STEPS_OF_A_TURN = 4
 
 
 def transformers_step(folder: Path, tokens: torch.Tensor) -> Callable[[], float]:
@@ -78,13 +80,16 @@ STEPS = {"moexpand": engine_step, "transformers": transformers_step}
 
 
 def serve(name: str, folder: Path, tokens: torch.Tensor, pipe: Connection) -> None:
-    """A process that takes a step and reports its loss and its seconds, whenever it is told to."""
+    """A process that takes the steps of a turn and reports its last loss and the seconds of each, when told to."""
     step = STEPS[name](folder, tokens)
     pipe.send("ready")
     while pipe.recv():
-        began = time.perf_counter()
-        loss = step()
-        pipe.send((loss, time.perf_counter() - began))
+        seconds = []
+        for _ in range(STEPS_OF_A_TURN):
+            began = time.perf_counter()
+            loss = step()
+            seconds.append(time.perf_counter() - began)
+        pipe.send((loss, seconds))
 
 
 def trained_tokens(quickstart: Path) -> torch.Tensor:
@@ -95,7 +100,12 @@ def trained_tokens(quickstart: Path) -> torch.Tensor:
     return torch.from_numpy(batch.tokens).long().view(SEQUENCES, LENGTH)
 
 
-def main(rounds: int, quickstart: Path | None) -> None:
+def ratio(seconds: dict[str, list[float]]) -> float:
+    """How many times as many tokens a second our engine's steps process."""
+    return statistics.median(seconds["transformers"]) / statistics.median(seconds["moexpand"])
+
+
+def main(turns: int, quickstart: Path | None) -> None:
     """Measure and print."""
     import megatron.core
     import transformers
@@ -114,25 +124,27 @@ def main(rounds: int, quickstart: Path | None) -> None:
             processes.append(context.Process(target=serve, args=(name, parent, tokens, theirs), daemon=True))
             processes[-1].start()
             pipes[name].recv()
+    first: dict[str, list[float]] = {name: [] for name in STEPS}
     seconds: dict[str, list[float]] = {name: [] for name in STEPS}
     losses: dict[str, float] = {}
-    for number in range(rounds + 2):
+    for number in range(turns + 1):
         for name, pipe in pipes.items():
             pipe.send(True)
             loss, took = pipe.recv()
             losses.setdefault(name, loss)
-            if number >= 2:  # after two that warm up
-                seconds[name].append(took)
+            if number >= 1:  # after a turn that warms up
+                first[name].append(took[0])
+                seconds[name] += took[1:]
     for pipe, process in zip(pipes.values(), processes, strict=True):
         pipe.send(False)
         process.join()
-    print(f"first loss: {', '.join(f'{name} {loss:.6f}' for name, loss in losses.items())}")
+    print(f"loss after {STEPS_OF_A_TURN} steps: {', '.join(f'{name} {loss:.6f}' for name, loss in losses.items())}")
     for name, measured in seconds.items():
         median, spread = statistics.median(measured), f"{min(measured):.3f} to {max(measured):.3f}"
         print(f"{name:12s} {tokens.numel() / median:8,.0f} tokens/s   median {median:.3f} s, {spread}")
-    ratio = statistics.median(seconds["transformers"]) / statistics.median(seconds["moexpand"])
-    print(f"ratio {ratio:.2f}x over {rounds} interleaved rounds, {torch.get_num_threads()} threads, torch {torch.__version__},")
-    print(f"transformers {transformers.__version__}, megatron-core {megatron.core.__version__}")
+    print(f"ratio {ratio(seconds):.2f}x, of the first steps of turns {ratio(first):.2f}x; {turns} turns each")
+    versions = f"transformers {transformers.__version__}, megatron-core {megatron.core.__version__}"
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {versions}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
+from moexpand.conf.data_schema import Data, DataBuildCommand, DataIndexCommand, DataInspectCommand
 from moexpand.conf.fields import key, part, words
 
 PLACEMENTS = (
@@ -121,14 +122,6 @@ class Parallel:
     recompute: str = key("none", "activations to compute again in the backward pass", ("none", "selective", "full"))
     overlap: bool = key(False, "communicate gradients, weights and stages' outputs while computing")
     timeout_seconds: float = key(600.0, "longest wait for another rank", within="(0, inf)")
-
-
-@dataclass
-class Data:
-    shards: str = key(MISSING, "folder written by `moexpand data build`")
-    tokenizer: str | None = key(None, "qwen, qwen-8192 or a Hugging Face folder; not given: the one the shards were indexed with")
-    held_out: float = key(0.05, "fraction of the samples kept for evaluation", within="[0, 1)")
-    max_bad_fraction: float = key(0.0, "largest fraction of unreadable samples before the run stops", within="[0, 1]")
 
 
 @dataclass
@@ -343,44 +336,6 @@ class LogitsCommand:
     debug: bool = key(False, "print tracebacks")
 
 
-# ---------------------------------------------------------------- data
-
-
-@dataclass
-class Filters:
-    min_characters: int = key(200, "shortest text sample", within="[0, inf)")
-    max_symbol_ratio: float = key(0.4, "largest fraction of characters that are neither letters nor spaces", within="[0, 1]")
-    max_repetition: float = key(0.5, "largest fraction of a text that repeats its own lines", within="[0, 1]")
-    min_figure_points: float = key(36.0, "smallest side of a figure, in PDF points", within="[0, inf)")
-
-
-@dataclass
-class DataBuildCommand:
-    """Turn PDFs and other sources into shards."""
-
-    pdfs: str | None = key(None, "folder of PDF files")
-    sources: list[str] = words("jsonl and plain-text files or folders of them")
-    out: str = key(MISSING, "folder to write; must not exist")
-    workers: int = key(0, "processes; 0 takes one a core", within="[0, inf)")
-    tokenizer: str = key("qwen", "qwen, qwen-8192 or a Hugging Face folder")
-    shard_samples: int = key(512, "samples of a tar file", within="[1, inf)")
-    sample_characters: int = key(6000, "a text sample is cut at the paragraph that passes this length", within="[1, inf)")
-    image_dpi: int = key(144, "resolution of cropped figures", within="[1, inf)")
-    pdf_seconds: float = key(120.0, "longest time for one PDF", within="(0, inf)")
-    filters: Filters = part(Filters, "thresholds; every dropped sample is counted under its reason")
-    plain: bool = key(False, "plain lines even on a terminal")
-    debug: bool = key(False, "print tracebacks")
-
-
-@dataclass
-class DataInspectCommand:
-    """Show what a shard folder holds, what was dropped and why."""
-
-    shards: str = key(MISSING, "folder written by `moexpand data build`")
-    format: str = key("table", "table or json", ("table", "json"))
-    debug: bool = key(False, "print tracebacks")
-
-
 COMMANDS: dict[str, type] = {
     "train": TrainCommand,
     "upcycle": UpcycleCommand,
@@ -392,5 +347,6 @@ COMMANDS: dict[str, type] = {
     "logits": LogitsCommand,
     "report": ReportCommand,
     "data build": DataBuildCommand,
+    "data index": DataIndexCommand,
     "data inspect": DataInspectCommand,
 }

@@ -1,33 +1,64 @@
-"""A folder of shards opened for reading: dataset.json, every index, random access to texts, and the count of bad samples."""
+"""A folder of shards opened for reading: dataset.json, every index, random access to samples, and the count of bad ones."""
 
+import json
+import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moexpand.base.errors import InputError
-from moexpand.base.files import read_json
-from moexpand.data.index import read_index
-from moexpand.data.shards import ShardReader
+from moexpand.data.index import ShardIndex, index_name, parse_index
+from moexpand.data.parts import Part, check_parts
+from moexpand.data.storage import Storage, open_storage
 
 SUMMARY = "dataset.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+PARTS_MEMBER = "parts.json"
+TEXT_MEMBER = "txt"
+IMAGE_MEMBERS = ("png", "jpg", "jpeg", "webp")
 
 
-def read_summary(folder: Path) -> dict[str, Any]:
+def is_image(member: str) -> bool:
+    """Whether a member of this extension is a picture; `0.png` is one of several."""
+    return member.rsplit(".", 1)[-1].lower() in IMAGE_MEMBERS
+
+
+def read_summary(storage: Storage) -> dict[str, Any]:
     """dataset.json of a shard folder.
 
     Raises:
         InputError: the folder or the file is missing, damaged or of another version.
     """
-    folder = Path(folder)
-    if not (folder / SUMMARY).is_file():
-        raise InputError(f"{folder} is not a folder of shards: it has no {SUMMARY}; write one with `moexpand data build`.")
-    summary = read_json(folder / SUMMARY)
+    where = f"{storage.place}/{SUMMARY}"
+    try:
+        summary = json.loads(storage.read(SUMMARY))
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(
+            f"{storage.place} is not a folder of shards: it has no {SUMMARY}; write one with `moexpand data build`, or with"
+            " `moexpand data index` for tars of your own."
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{where} is not valid JSON: {error}.") from None
     version = summary.get("format_version") if isinstance(summary, dict) else None
     if version != FORMAT_VERSION:
-        raise InputError(f"{folder / SUMMARY} has the format version {version}; this program reads {FORMAT_VERSION}.")
+        raise InputError(
+            f"{where} has the format version {version}; this program reads {FORMAT_VERSION}: build the shards again."
+        )
     return summary
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a sample holds: its parts, and the bytes of the images that they name, in their order, where these were asked for."""
+
+    parts: list[Part]
+    images: list[bytes]
+
+
+class Unreadable(Exception):
+    """A sample that cannot be used; the text says which one and why."""
 
 
 class Corpus:
@@ -35,76 +66,167 @@ class Corpus:
 
     Attributes:
         tokens: int64 [N], ids of every sample's text, without the end-of-text token.
+        key, kind: S [N].
         key_hash: uint64 [N].
+        shard: int64 [N].
+        image_first: int64 [N + 1], the images of every sample.
+        image_height, image_width: int32 [I], pixels.
         bad: key of every unreadable sample met so far -> what is wrong with it.
     """
 
-    def __init__(self, folder: Path, max_bad_fraction: float = 0.0) -> None:
-        summary = read_summary(folder)
-        self.folder = folder
+    def __init__(self, place: str | Path, max_bad_fraction: float = 0.0, cache: Path | None = None, cache_bytes: int = 0) -> None:
+        self.place = str(place)
+        self._storage = open_storage(self.place, cache, cache_bytes)
+        summary = read_summary(self._storage)
         self.tokenizer_name: str = summary["tokenizer"]["name"]
         self.fingerprint: str = summary["tokenizer"]["fingerprint"]
         self.max_bad_fraction = max_bad_fraction
         self.bad: dict[str, str] = {}
-        paths = [folder / shard["name"] for shard in summary["shards"]]
-        self._readers = [ShardReader(path) for path in paths]
-        indexes = [read_index(path) for path in paths]
-        for path, index, shard in zip(paths, indexes, summary["shards"], strict=True):
-            if index.tokenizer != self.fingerprint or len(index.key) != shard["samples"]:
-                raise InputError(f"The index of {path} does not agree with {folder / SUMMARY}; build the shards again.")
+        self._names = [shard["name"] for shard in summary["shards"]]
+        indexes = [self._index(shard) for shard in summary["shards"]]
         if not indexes or not sum(len(index.key) for index in indexes):
-            raise InputError(f"{folder} holds no sample.")
-
-        members = [index.texts() for index in indexes]
+            raise InputError(f"{self.place} holds no sample.")
+        self._text_key = [index.text_key for index in indexes]
         self.shard = np.repeat(np.arange(len(indexes)), [len(index.key) for index in indexes])
-        self.key = np.concatenate([index.key for index in indexes])
-        self.key_hash = np.concatenate([index.key_hash for index in indexes])
-        self.kind = np.concatenate([index.kind for index in indexes])
-        self.tokens = np.concatenate([index.tokens for index in indexes])
-        self._offset = np.concatenate([index.member_offset[m] for index, m in zip(indexes, members, strict=True)])
-        self._size = np.concatenate([index.member_size[m] for index, m in zip(indexes, members, strict=True)])
-        self._crc32 = np.concatenate([index.member_crc32[m] for index, m in zip(indexes, members, strict=True)])
-        for i, (reader, index) in enumerate(zip(self._readers, indexes, strict=True)):
-            self._check_size(i, reader, index.tar_size)
+        for name in ("key", "key_hash", "kind", "tokens", "image_height", "image_width"):
+            setattr(self, name, np.concatenate([getattr(index, name) for index in indexes]))
+        for name in ("member_name", "member_offset", "member_size", "member_crc32"):
+            setattr(self, f"_{name}", np.concatenate([getattr(index, name) for index in indexes]))
+        self.image_first = _joined([index.image_first for index in indexes])
+        self._member_first = _joined([index.member_first for index in indexes])
+        for number, index in enumerate(indexes):
+            self._check_size(number, index.tar_size)
+
+    key: np.ndarray
+    key_hash: np.ndarray
+    kind: np.ndarray
+    tokens: np.ndarray
+    image_height: np.ndarray
+    image_width: np.ndarray
+    _member_name: np.ndarray
+    _member_offset: np.ndarray
+    _member_size: np.ndarray
+    _member_crc32: np.ndarray
 
     def __len__(self) -> int:
         return len(self.key)
 
     def name(self, sample: int) -> str:
-        """Shard file and key of a sample, for messages."""
-        return f"{self._readers[self.shard[sample]].path}: {self.key[sample].decode()}"
+        """Shard and key of a sample, for messages."""
+        return f"{self._path(self.shard[sample])}: {self.key[sample].decode()}"
 
-    def text(self, sample: int) -> str | None:
-        """Text of a sample, or None where it is unreadable and the allowed fraction is not yet passed.
+    def content(self, sample: int, images: bool = False) -> Content:
+        """Parts of a sample, and with `images` the bytes of its pictures.
 
         Raises:
-            InputError: more samples are unreadable than `max_bad_fraction` allows.
+            Unreadable: a member is damaged, missing, or holds something else than it should.
         """
-        reader = self._readers[self.shard[sample]]
-        key = self.key[sample].decode()
+        span = range(self._member_first[sample], self._member_first[sample + 1])
+        members = {self._member_name[member].decode(): member for member in span}
+        parts = self._parts(sample, members)
+        if not images:
+            return Content(parts, [])
         try:
-            content = reader.read(key, "txt", int(self._offset[sample]), int(self._size[sample]), int(self._crc32[sample]))
-            return content.decode()
-        except InputError as error:
-            self._count_bad(key, str(error))
-        except UnicodeDecodeError:
-            self._count_bad(key, f"The member {key}.txt of {reader.path} is not UTF-8.")
-        return None
+            return Content(parts, [self._read(sample, members[part["image"]]) for part in parts if "image" in part])
+        except KeyError as missing:
+            raise Unreadable(f"The sample {self.name(sample)} names the image {missing}, which it does not hold.") from None
 
-    def _check_size(self, number: int, reader: ShardReader, expected: int) -> None:
+    def text(self, sample: int) -> str:
+        """All text of a sample, as one string.
+
+        Raises:
+            Unreadable: likewise.
+        """
+        return "".join(part.get("text", "") for part in self.content(sample).parts)
+
+    def set_aside(self, sample: int | str, problem: str) -> None:
+        """Count a sample, given by number or key, as bad.
+
+        Raises:
+            InputError: more samples are bad than `max_bad_fraction` allows.
+        """
+        self.bad[sample if isinstance(sample, str) else self.key[sample].decode()] = problem
+        if len(self.bad) > self.max_bad_fraction * len(self):
+            allowed = f"data.max_bad_fraction={self.max_bad_fraction} allows {int(self.max_bad_fraction * len(self))}"
+            raise InputError(f"{problem} {len(self.bad)} of {len(self)} samples are unreadable, and {allowed}.")
+
+    def _parts(self, sample: int, members: dict[str, int]) -> list[Part]:
+        if PARTS_MEMBER in members:
+            parts = self._json(sample, members[PARTS_MEMBER])
+            try:
+                check_parts(parts)
+            except InputError as error:
+                raise Unreadable(f"The sample {self.name(sample)} has parts that cannot be used: {error}") from None
+            return parts
+        pictures: list[Part] = [{"image": name} for name in sorted(members) if is_image(name)]
+        if TEXT_MEMBER in members:
+            content = self._read(sample, members[TEXT_MEMBER])
+            try:
+                return [*pictures, {"text": content.decode()}]
+            except UnicodeDecodeError:
+                raise Unreadable(f"The member {TEXT_MEMBER} of {self.name(sample)} is not UTF-8.") from None
+        text_key = self._text_key[self.shard[sample]]
+        if text_key is not None and "json" in members:
+            record = self._json(sample, members["json"])
+            if isinstance(record, dict) and isinstance(record.get(text_key), str):
+                return [*pictures, {"text": record[text_key]}]
+        raise Unreadable(f"The sample {self.name(sample)} holds no text.")
+
+    def _json(self, sample: int, member: int) -> Any:
+        try:
+            return json.loads(self._read(sample, member))
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+            raise Unreadable(f"The member {self._member_name[member].decode()} of {self.name(sample)} is not JSON.") from None
+
+    def _read(self, sample: int, member: int) -> bytes:
+        """Content of a member, checked against its CRC32."""
+        offset, size = int(self._member_offset[member]), int(self._member_size[member])
+        tar = self._names[self.shard[sample]]
+        what = f"The member {self.key[sample].decode()}.{self._member_name[member].decode()} of {self._path(self.shard[sample])}"
+        try:
+            content = self._storage.read_range(tar, offset, size)
+        except FileNotFoundError:
+            raise InputError(f"The shard {self._path(self.shard[sample])} has disappeared.") from None
+        if len(content) != size:
+            raise Unreadable(f"{what} is not whole: the shard ends inside it.")
+        if zlib.crc32(content) != self._member_crc32[member]:
+            raise Unreadable(f"{what} does not have the CRC32 of its index: it is damaged.")
+        return content
+
+    def _path(self, shard: int) -> str:
+        return f"{self.place}/{self._names[shard]}"
+
+    def _index(self, shard: dict[str, Any]) -> ShardIndex:
+        name = shard["name"]
+        where = f"{self.place}/{index_name(name)}"
+        try:
+            content = self._storage.read(index_name(name))
+        except FileNotFoundError:
+            raise InputError(f"{where} does not exist; every shard needs its index.") from None
+        index = parse_index(content, name, where)
+        if index.tokenizer != self.fingerprint or len(index.key) != shard["samples"]:
+            raise InputError(f"{where} does not agree with {self.place}/{SUMMARY}; build the shards again.")
+        return index
+
+    def _check_size(self, shard: int, expected: int) -> None:
         """A shard of another size than its index says: samples beyond its end are bad, a longer one is another file."""
-        size = reader.size()
+        path = self._path(shard)
+        try:
+            size = self._storage.size(self._names[shard])
+        except FileNotFoundError:
+            raise InputError(f"The shard {path} does not exist, and {SUMMARY} names it.") from None
         if size == expected:
             return
         if size > expected or self.max_bad_fraction == 0.0:
             state = "truncated" if size < expected else "another file"
-            raise InputError(f"The shard {reader.path} has {size} bytes, and its index says {expected}: it is {state}.")
-        for sample in np.flatnonzero((self.shard == number) & (self._offset + self._size > size)):
-            key = self.key[sample].decode()
-            self._count_bad(key, f"The shard {reader.path} ends before the member {key}.txt: it is truncated.")
+            raise InputError(f"The shard {path} has {size} bytes, and its index says {expected}: it is {state}.")
+        beyond = np.flatnonzero(self._member_offset + self._member_size > size)
+        owners = np.unique(np.searchsorted(self._member_first, beyond, side="right") - 1)
+        for sample in owners[self.shard[owners] == shard]:
+            self.set_aside(sample, f"The shard {path} ends before {self.key[sample].decode()} does: it is truncated.")
 
-    def _count_bad(self, key: str, problem: str) -> None:
-        self.bad[key] = problem
-        if len(self.bad) > self.max_bad_fraction * len(self):
-            allowed = f"data.max_bad_fraction={self.max_bad_fraction} allows {int(self.max_bad_fraction * len(self))}"
-            raise InputError(f"{problem} {len(self.bad)} of {len(self)} samples are unreadable, and {allowed}.")
+
+def _joined(firsts: list[np.ndarray]) -> np.ndarray:
+    """Offsets of several shards as one array: [N1 + 1], [N2 + 1] -> [N1 + N2 + 1]."""
+    shifts = np.cumsum([0, *(first[-1] for first in firsts)])
+    return np.concatenate([[0], *(first[1:] + shift for first, shift in zip(firsts, shifts[:-1], strict=True))])

@@ -6,13 +6,14 @@ from typing import Any
 import numpy as np
 
 from moexpand.data.dataset import Corpus, read_summary
-from moexpand.data.packing import plan_epoch
+from moexpand.data.planning import PackSequence, SampleOrder
+from moexpand.data.storage import open_storage
 
 FILL_LENGTHS = (1024, 4096, 8192)
 EXAMPLE_CHARACTERS = 160
 
 
-def inspect_shards(folder: Path) -> dict[str, Any]:
+def inspect_shards(folder: str | Path) -> dict[str, Any]:
     """Describe a folder of shards from its indexes; texts are read for the examples alone.
 
     Returns:
@@ -22,8 +23,8 @@ def inspect_shards(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: the folder, a shard or an index is missing or damaged.
     """
-    summary = read_summary(folder)
-    corpus = Corpus(Path(folder))
+    summary = read_summary(open_storage(str(folder)))
+    corpus = Corpus(folder)
     kinds = {}
     examples = []
     for kind in np.unique(corpus.kind):
@@ -31,17 +32,18 @@ def inspect_shards(folder: Path) -> dict[str, Any]:
         name = kind.decode()
         kinds[name] = {"samples": len(chosen), "tokens": int(corpus.tokens[chosen].sum())}
         sample = int(chosen[len(chosen) // 2])
-        text = " ".join((corpus.text(sample) or "").split())
+        text = " ".join(corpus.text(sample).split())
         examples.append({"kind": name, "key": corpus.key[sample].decode(), "text": text[:EXAMPLE_CHARACTERS]})
     lengths = corpus.tokens + 1
     fill = {}
     for length in FILL_LENGTHS:
-        plan = plan_epoch(lengths, length, seed=0, epoch=0)
-        fill[str(length)] = round(float(plan.length.sum() / (len(plan) * length)), 4)
+        packs = PackSequence(lengths, SampleOrder(len(lengths), seed=0), length, seed=0).packs_of_epoch(0)
+        fill[str(length)] = round(float(lengths.sum() / (packs * length)), 4)
     return {
         "tokenizer": summary["tokenizer"],
         "samples": len(corpus),
         "tokens": int(corpus.tokens.sum()),
+        "images": len(corpus.image_height),
         "kinds": kinds,
         "stages": summary["stages"],
         "shards": summary["shards"],

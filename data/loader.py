@@ -1,29 +1,30 @@
 """Packed batches as a pure function of (shards, seed, step): no state to save or restore, the same on any number of ranks.
 
-Optimiser step k takes the packs k * global_batch ... (k + 1) * global_batch - 1 of the endless sequence of epochs. They are cut
-into micro-batches of `micro_batch` packs, and micro-batch m goes to the data-parallel rank m % ranks: the set of micro-batches
-is the same however many ranks share it. Only data-parallel ranks get different tokens; expert-parallel ranks are
-data-parallel ranks here, and their number enters nothing.
+Optimiser step k takes the packs k * global_batch ... (k + 1) * global_batch - 1 of the run's endless sequence. They are cut into
+micro-batches of `micro_batch` packs, and each goes to one data-parallel rank: the set of micro-batches is the same however many
+ranks share it. Only data-parallel ranks get different tokens; expert-parallel ranks are data-parallel ranks here, and their
+number enters nothing.
 
-Legend: T tokens of a micro-batch (micro_batch * seq_length).
+Legend: T tokens of a micro-batch (micro_batch * seq_length), P patches of its images.
 """
 
 import hashlib
-from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from moexpand.base.errors import InputError
-from moexpand.data.dataset import Corpus
-from moexpand.data.packing import Plan, plan_epoch
+from moexpand.data.dataset import read_summary
+from moexpand.data.mixture import Mixture
+from moexpand.data.sharing import share
+from moexpand.data.storage import open_storage
+from moexpand.data.stream import Source, Stream, StreamSettings
 from moexpand.data.tokens import load_tokenizer
 
-CACHED_TOKENS = 1 << 24
-CACHED_PLANS = 2
-EVALUATION_SEED = 0
+Segment = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class MicroBatch:
     """Packs laid end to end as one stream; attention must stay inside the segments that `cu_seqlens` bounds.
 
     A segment is a sample, a chunk of a long one, or the padding at the end of a pack. `labels[t]` is `tokens[t + 1]` where both
-    are of one segment; everywhere else (last token of a segment, padding, unreadable samples) `loss_mask` is 0 and the label
-    has no meaning.
+    are of one segment; everywhere else (last token of a segment, padding, unreadable samples, what is not to be learnt)
+    `loss_mask` is 0 and the label has no meaning.
     """
 
     tokens: np.ndarray
@@ -45,19 +46,25 @@ class MicroBatch:
     """int64 [T], from 0 in every segment"""
     cu_seqlens: np.ndarray
     """int32 [segments + 1], first token of every segment and, last, T"""
+    patches: np.ndarray | None = None
+    """float32 [P, values of a patch] of all images in the order of their tokens; None without images"""
+    grids: np.ndarray | None = None
+    """int64 [images, 3]: time, height and width of each in patches"""
 
 
 class PackedData:
-    """Training and evaluation batches of a folder of shards.
+    """Training and evaluation batches of one or several folders of shards.
 
     Args:
-        shards: folder written by `moexpand data build`.
+        sources: a folder or address written by `moexpand data build` or `data index`, or several with their weights.
         seq_length: tokens of a pack.
         global_batch: packs of an optimiser step, over all ranks.
         seed: decides the order of the samples.
         held_out: fraction of the samples, chosen by the hash of their keys, that training never sees.
         tokenizer: name or folder; None takes the one that the shards were indexed with.
-        max_bad_fraction: largest fraction of unreadable samples; beyond it, reading raises. A bad sample's place stays, masked.
+        max_bad_fraction: largest fraction of unreadable samples of a source; beyond it, reading raises. A bad sample's place
+            stays, masked.
+        options: shuffle, images, answers_only, cache and cache_bytes of `StreamSettings`.
 
     Raises:
         InputError: a shard or index is missing, truncated or damaged, or the tokenizer is not the one of the index.
@@ -65,13 +72,14 @@ class PackedData:
 
     def __init__(
         self,
-        shards: Path,
+        sources: str | Path | Sequence[Source],
         seq_length: int,
         global_batch: int,
         seed: int,
         held_out: float = 0.05,
         tokenizer: str | None = None,
         max_bad_fraction: float = 0.0,
+        options: StreamSettings | None = None,
     ) -> None:
         if not 0.0 <= held_out < 1.0:
             raise InputError(f"data.held_out is {held_out}; it must be at least 0 and below 1.")
@@ -79,55 +87,114 @@ class PackedData:
             raise InputError(
                 f"seq_length is {seq_length} and global_batch {global_batch}; they must be at least 2 and at least 1."
             )
-        self.seq_length = seq_length
-        self.global_batch = global_batch
-        self.seed = seed
-        self.corpus = Corpus(Path(shards), max_bad_fraction)
-        self.tokenizer_name: str = tokenizer or self.corpus.tokenizer_name
+        self.seq_length, self.global_batch, self.seed = seq_length, global_batch, seed
+        self.sources = [Source(str(sources))] if isinstance(sources, str | Path) else list(sources)
+        self.names = _different([source.name for source in self.sources])
+        self._mixture = Mixture([source.weight for source in self.sources])
+        self.tokenizer_name = tokenizer or str(read_summary(open_storage(self.sources[0].place))["tokenizer"]["name"])
         self.tokenizer = load_tokenizer(self.tokenizer_name)
         self.fingerprint = self.tokenizer.fingerprint
-        if self.fingerprint != self.corpus.fingerprint:
-            raise InputError(
-                f"The shards in {shards} were indexed with the tokenizer {self.corpus.tokenizer_name}, and"
-                f" {self.tokenizer_name} splits text differently; build the shards with it, or do not set data.tokenizer."
-            )
         self.vocab_size = self.tokenizer.vocab_size
-        # The hash spread over [0, 1): a sample stays held out whatever is added to the set.
-        kept_out = self.corpus.key_hash / 2.0**64 < held_out
-        self._train = np.flatnonzero(~kept_out)
-        self._held_out = np.flatnonzero(kept_out)
-        if len(self._train) == 0:
-            raise InputError(f"The shards in {shards} hold no training sample with data.held_out={held_out}.")
-        self._plans: OrderedDict[int, Plan] = OrderedDict()
-        self._first_pack = [0]
-        self._tokens: OrderedDict[int, np.ndarray] = OrderedDict()
-        self._tokens_held = 0
+        settings = replace(
+            options or StreamSettings(seq_length, seed),
+            seq_length=seq_length,
+            seed=seed,
+            held_out=held_out,
+            max_bad_fraction=max_bad_fraction,
+        )
+        self.streams = [Stream(source.place, self.tokenizer, settings) for source in self.sources]
+        for source, stream in zip(self.sources, self.streams, strict=True):
+            if stream.corpus.fingerprint != self.fingerprint:
+                raise InputError(
+                    f"The shards in {source.place} were indexed with the tokenizer {stream.corpus.tokenizer_name}, and"
+                    f" {self.tokenizer_name} splits text differently; build the shards with it, or do not set data.tokenizer."
+                )
 
     @cached_property
     def corpus_fingerprint(self) -> str:
-        """SHA-256 over keys and token counts of all samples in their order: what the order of batches follows from."""
-        return hashlib.sha256(self.corpus.key_hash.tobytes() + self.corpus.tokens.tobytes()).hexdigest()
+        """SHA-256 over the samples of all sources in their order, and their shares: what the order of batches follows from."""
+        if len(self.streams) == 1:
+            return self.streams[0].fingerprint
+        said = [f"{stream.fingerprint} {share}" for stream, share in zip(self.streams, self._mixture.shares, strict=True)]
+        return hashlib.sha256("\n".join(said).encode()).hexdigest()
+
+    @property
+    def packs_per_epoch(self) -> int:
+        """Packs of epoch 0 of all sources together; other epochs may have a few more or less."""
+        return sum(stream.packs.packs_of_epoch(0) for stream in self.streams)
 
     @property
     def fill(self) -> float:
         """Fraction of the tokens of epoch 0's packs that are not padding."""
-        plan = self._plan(0)
-        return float(plan.length.sum() / (len(plan) * self.seq_length))
-
-    @property
-    def packs_per_epoch(self) -> int:
-        """Packs of epoch 0; other epochs may have a few more or less."""
-        return len(self._plan(0))
+        tokens = sum(int(stream.lengths[stream.train].sum()) for stream in self.streams)
+        return tokens / (self.packs_per_epoch * self.seq_length)
 
     def loss_tokens(self) -> np.ndarray:
-        """int64 [packs of epoch 0]: the tokens of each that `loss_mask` keeps, as long as every sample can be read."""
-        plan = self._plan(0)
-        return np.add.reduceat(plan.length - 1, plan.first[:-1])
+        """int64 [packs of epoch 0 of the first source]: tokens of each pack that are predicted where all text is."""
+        plans = self.streams[0].windows(0)
+        return np.concatenate([np.add.reduceat(plan.length - 1, plan.first[:-1]) for plan in plans])
 
     @property
     def bad_samples(self) -> dict[str, str]:
         """Keys of the unreadable samples met so far, each with what is wrong."""
-        return self.corpus.bad
+        return {key: problem for stream in self.streams for key, problem in stream.corpus.bad.items()}
+
+    @property
+    def bad_by_source(self) -> list[dict[str, str]]:
+        """The same, one dictionary a source."""
+        return [stream.corpus.bad for stream in self.streams]
+
+    def learn_bad(self, bad: list[dict[str, str]]) -> None:
+        """Take over the unreadable samples that another process has met; the arguments of its `bad_by_source`.
+
+        Raises:
+            InputError: together they are more than `max_bad_fraction` allows.
+        """
+        for stream, met in zip(self.streams, bad, strict=True):
+            for key in sorted(met.keys() - stream.corpus.bad.keys()):
+                stream.corpus.set_aside(key, met[key])
+
+    def check_epochs(self, steps: int) -> None:
+        """Refuse a run that would read a source more often than its `max_epochs` allows.
+
+        Raises:
+            InputError: names the source and how often it would be read.
+        """
+        packs = self._mixture.packs_read(steps * self.global_batch)
+        for source, stream, read in zip(self.sources, self.streams, packs.tolist(), strict=True):
+            if source.max_epochs is not None and (epochs := read / stream.packs.packs_of_epoch(0)) > source.max_epochs:
+                raise InputError(
+                    f"{steps} steps would read {source.place} {epochs:.2f} times, and it may be read {source.max_epochs:g} times;"
+                    " lower its weight, or train.steps."
+                )
+
+    def left_out(self) -> list[str]:
+        """A sentence for each kind of sample that is neither trained on nor held out."""
+        why = {
+            "empty": "hold no text and are left out",
+            "image_shape": "have images of a shape that the model does not take (too long and thin) and are left out",
+            "image_too_long": f"with images are longer than {self.seq_length} tokens and are left out",
+        }
+        return [
+            f"{count} of {len(stream.corpus)} samples of {source.place} {why[reason]}"
+            for source, stream in zip(self.sources, self.streams, strict=True)
+            for reason, count in stream.left_out.items()
+        ]
+
+    def epochs_at(self, step: int) -> dict[str, float]:
+        """How often each source has been read when `step` steps are done."""
+        packs = self._mixture.packs_read(step * self.global_batch).tolist()
+        return {
+            name: stream.packs.epochs_before(read) for name, stream, read in zip(self.names, self.streams, packs, strict=True)
+        }
+
+    def tokens_of(self, step: int) -> dict[str, int]:
+        """Tokens of a global batch by source, padding left out."""
+        tokens = dict.fromkeys(self.names, 0)
+        for pack in range(step * self.global_batch, (step + 1) * self.global_batch):
+            source, segments = self._locate(pack)
+            tokens[self.names[source]] += sum(length for _, _, length in segments)
+        return tokens
 
     def batch(self, step: int, rank: int = 0, ranks: int = 1, micro_batch: int = 1) -> list[MicroBatch]:
         """Micro-batches of one data-parallel rank for one optimiser step.
@@ -146,9 +213,15 @@ class PackedData:
                 f"A global batch of {self.global_batch} packs cannot be shared by {ranks} data-parallel ranks (this is rank"
                 f" {rank}) in micro-batches of {micro_batch}; micro_batch times ranks must divide it."
             )
-        begin = step * self.global_batch
-        numbers = range(rank, self.global_batch // micro_batch, ranks)
-        return [self._micro_batch([self._locate(begin + m * micro_batch + i) for i in range(micro_batch)]) for m in numbers]
+        packs = [self._locate(step * self.global_batch + i) for i in range(self.global_batch)]
+        numbers = share(self._vision_of(packs).reshape(-1, micro_batch).sum(axis=1), ranks)[:, rank]
+        return [self._micro_batch(packs[m * micro_batch : (m + 1) * micro_batch]) for m in numbers.tolist()]
+
+    def vision_tokens(self, step: int, ranks: int = 1, micro_batch: int = 1) -> np.ndarray:
+        """int64 [ranks]: tokens of images that each data-parallel rank has in a step."""
+        packs = [self._locate(step * self.global_batch + i) for i in range(self.global_batch)]
+        costs = self._vision_of(packs).reshape(-1, micro_batch).sum(axis=1)
+        return costs[share(costs, ranks)].sum(axis=0)
 
     def held_out(self, packs: int, micro_batch: int = 1) -> list[MicroBatch]:
         """The same evaluation batches at every call and for every seed.
@@ -160,78 +233,59 @@ class PackedData:
         Raises:
             InputError: nothing is held out.
         """
-        lengths = self.corpus.tokens[self._held_out] + 1
-        plan = plan_epoch(lengths, self.seq_length, EVALUATION_SEED, 0)
-        if len(plan) == 0:
-            raise InputError(f"No sample of {self.corpus.folder} is held out; raise data.held_out, or do not evaluate.")
-        packs = min(packs, len(plan))
-        parts = [_segments(plan, pack, self._held_out) for pack in range(packs)]
-        parts += [[]] * (-packs % micro_batch)
+        wanted = [self._mixture.locate(pack)[0] for pack in range(packs)]
+        found = [stream.held_out(wanted.count(number)) for number, stream in enumerate(self.streams)]
+        taken = [0] * len(found)
+        parts: list[tuple[int, list[Segment]]] = []
+        for source in wanted:
+            if taken[source] < len(found[source]):
+                parts.append((source, found[source][taken[source]]))
+                taken[source] += 1
+        if not parts:
+            places = ", ".join(source.place for source in self.sources)
+            raise InputError(f"No sample of {places} is held out; raise data.held_out, or do not evaluate.")
+        parts += [(0, [])] * (-len(parts) % micro_batch)
         return [self._micro_batch(parts[i : i + micro_batch]) for i in range(0, len(parts), micro_batch)]
 
-    def _plan(self, epoch: int) -> Plan:
-        if epoch not in self._plans:
-            lengths = self.corpus.tokens[self._train] + 1
-            self._plans[epoch] = plan_epoch(lengths, self.seq_length, self.seed, epoch)
-            while len(self._plans) > CACHED_PLANS:
-                self._plans.popitem(last=False)
-        self._plans.move_to_end(epoch)
-        return self._plans[epoch]
+    def _locate(self, pack: int) -> tuple[int, list[Segment]]:
+        """Source and segments of a pack of the run."""
+        source, number = self._mixture.locate(pack)
+        return source, self.streams[source].segments(number)
 
-    def _locate(self, pack: int) -> list[tuple[int, int, int]]:
-        """Segments of pack number `pack` of the endless sequence of epochs."""
-        while self._first_pack[-1] <= pack:
-            self._first_pack.append(self._first_pack[-1] + len(self._plan(len(self._first_pack) - 1)))
-        epoch = int(np.searchsorted(self._first_pack, pack, side="right")) - 1
-        return _segments(self._plan(epoch), pack - self._first_pack[epoch], self._train)
+    def _vision_of(self, packs: list[tuple[int, list[Segment]]]) -> np.ndarray:
+        return np.array([sum(int(self.streams[s].vision[sample]) for sample, _, _ in segments) for s, segments in packs])
 
-    def _sample_tokens(self, sample: int) -> np.ndarray | None:
-        """int64 [tokens + 1] of a sample, end of text included; None where it cannot be read."""
-        if sample in self._tokens:
-            self._tokens.move_to_end(sample)
-            return self._tokens[sample]
-        text = self.corpus.text(sample)
-        if text is None:
-            return None
-        tokens = np.array([*self.tokenizer.encode(text), self.tokenizer.eos_id], dtype=np.int32)
-        if len(tokens) != self.corpus.tokens[sample] + 1:
-            raise InputError(
-                f"The sample {self.corpus.name(sample)} has {len(tokens) - 1} tokens, and its index says"
-                f" {self.corpus.tokens[sample]}; build the shards again."
-            )
-        self._tokens[sample] = tokens
-        self._tokens_held += len(tokens)
-        while self._tokens_held > CACHED_TOKENS:
-            self._tokens_held -= len(self._tokens.popitem(last=False)[1])
-        return tokens
-
-    def _micro_batch(self, packs: list[list[tuple[int, int, int]]]) -> MicroBatch:
-        """Lay out packs, each a list of (sample, start, length)."""
+    def _micro_batch(self, packs: list[tuple[int, list[Segment]]]) -> MicroBatch:
+        """Lay out packs."""
         total = len(packs) * self.seq_length
         tokens = np.full(total, self.tokenizer.eos_id, dtype=np.int64)
         labels = tokens.copy()
         loss_mask = np.zeros(total, dtype=np.float32)
         bounds = [0]
-        for i, segments in enumerate(packs):
+        patches: list[np.ndarray] = []
+        grids: list[tuple[int, int, int]] = []
+        for i, (source, segments) in enumerate(packs):
             for sample, start, length in segments:
                 begin, end = bounds[-1], bounds[-1] + length
-                content = self._sample_tokens(sample)
-                if content is not None:
-                    tokens[begin:end] = content[start : start + length]
+                made = self.streams[source].encoded(sample)
+                if made is not None:
+                    tokens[begin:end] = made.ids[start : start + length]
                     labels[begin : end - 1] = tokens[begin + 1 : end]
-                    loss_mask[begin : end - 1] = 1.0
+                    loss_mask[begin : end - 1] = made.loss[start + 1 : start + length]
+                    patches += made.patches
+                    grids += made.grids
                 bounds.append(end)
             if bounds[-1] < (i + 1) * self.seq_length:
                 bounds.append((i + 1) * self.seq_length)
         cu_seqlens = np.array(bounds, dtype=np.int32)
         positions = np.arange(total, dtype=np.int64) - np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens))
-        return MicroBatch(tokens, labels, loss_mask, positions, cu_seqlens)
+        images = (np.concatenate(patches), np.array(grids, dtype=np.int64)) if patches else (None, None)
+        return MicroBatch(tokens, labels, loss_mask, positions, cu_seqlens, *images)
 
 
-def _segments(plan: Plan, pack: int, samples: np.ndarray) -> list[tuple[int, int, int]]:
-    """(sample, start, length) of every segment of a pack; `samples` maps the plan's numbers to the corpus's."""
-    span = slice(int(plan.first[pack]), int(plan.first[pack + 1]))
-    return list(zip(samples[plan.sample[span]].tolist(), plan.start[span].tolist(), plan.length[span].tolist(), strict=True))
+def _different(names: list[str]) -> list[str]:
+    """Names of which none comes twice."""
+    return [name if name not in names[:i] else f"{name}#{names[:i].count(name) + 1}" for i, name in enumerate(names)]
 
 
 def unigram_entropy(batches: list[MicroBatch]) -> float:

@@ -26,6 +26,38 @@ def permutation(count: int, *key: int | str) -> np.ndarray:
     return np.argsort(random_numbers(count, *key), kind="stable")
 
 
+class Shuffle:
+    """A random order of the numbers 0 ... count - 1 of which any part can be had without the rest.
+
+    A Feistel network over the smallest power of two that holds `count`; a place that it sends beyond `count` is sent on until it
+    falls inside ("cycle walking", Black and Rogaway 2002), on average less than once. The key decides the order.
+    """
+
+    ROUNDS = 6
+
+    def __init__(self, count: int, *key: int | str) -> None:
+        self.count = count
+        bits = max((count - 1).bit_length(), 2)
+        self._low, self._high = bits // 2, bits - bits // 2
+        self._keys = random_numbers(self.ROUNDS, *key)
+
+    def __call__(self, places: np.ndarray) -> np.ndarray:
+        """int64 [N] of places below `count` -> int64 [N], the number at each."""
+        numbers = self._network(places.astype(np.uint64))
+        while len(outside := np.flatnonzero(numbers >= self.count)):
+            numbers[outside] = self._network(numbers[outside])
+        return numbers.astype(np.int64)
+
+    def _network(self, values: np.ndarray) -> np.ndarray:
+        left_bits, right_bits = self._high, self._low
+        left, right = values >> np.uint64(right_bits), values & np.uint64((1 << right_bits) - 1)
+        for key in self._keys:
+            # An even number of rounds brings halves of unequal width back to where they were.
+            left, right = right, left ^ (_mix(right + key) >> np.uint64(64 - left_bits))
+            left_bits, right_bits = right_bits, left_bits
+        return (left << np.uint64(right_bits)) | right
+
+
 def hash_of_key(key: str) -> int:
     """64-bit hash of a sample's key, the same wherever and whenever it is computed."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")

@@ -23,7 +23,11 @@ DISK_FULL = 84
 
 
 def run_jobs(
-    function: Callable[..., None], jobs: list[tuple[Any, ...]], workers: int, seconds: float
+    function: Callable[..., None],
+    jobs: list[tuple[Any, ...]],
+    workers: int,
+    seconds: float,
+    memory_bytes: int = MEMORY_BYTES,
 ) -> Iterator[tuple[int, str | None]]:
     """Run `function(*job)` for every job, each in a fresh process, at most `workers` at a time.
 
@@ -32,6 +36,7 @@ def run_jobs(
         jobs: its arguments, which must be picklable.
         workers: processes at a time.
         seconds: wall-clock limit of one job; it is killed when it passes it.
+        memory_bytes: address space of one job.
 
     Yields:
         The number of a job and None, or the reason why it failed: `time_limit`, `memory_limit` or `crashed`. In the order in
@@ -47,7 +52,7 @@ def run_jobs(
     try:
         while True:
             while len(running) < workers and (number := next(waiting, None)) is not None:
-                process = context.Process(target=_limited, args=(function, jobs[number], seconds), daemon=True)
+                process = context.Process(target=_limited, args=(function, jobs[number], seconds, memory_bytes), daemon=True)
                 process.start()
                 running[number] = (process, time.monotonic() + seconds)
             if not running:
@@ -79,10 +84,10 @@ def _verdict(exit_code: int | None) -> str | None:
     return "memory_limit" if exit_code == OUT_OF_MEMORY else "crashed"
 
 
-def _limited(function: Callable[..., None], job: tuple[Any, ...], seconds: float) -> None:
+def _limited(function: Callable[..., None], job: tuple[Any, ...], seconds: float, memory_bytes: int) -> None:
     """Body of a job's process."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
     # Ends the job even when its parent has died and nobody watches the clock.
     cpu = int(seconds) + 10

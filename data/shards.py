@@ -1,8 +1,8 @@
-"""Write samples as a webdataset tar with its index; read members back, each checked against its CRC32.
+"""Write samples as a webdataset tar with its index.
 
-A sample with key K is the adjacent members K.json (what it is and where it comes from), K.png (its picture, if it has one) and
-K.txt (the text that a model reads). Members carry no time, owner or rights, so the same samples give the same bytes. Nothing
-is ever extracted by name: readers go by offset.
+A sample with key K is the adjacent members K.json (what it is and where it comes from), its pictures (K.png, or K.0.png, K.1.jpg,
+...) and its text: K.txt where the pictures come first and one plain text follows, K.parts.json where the order or the marks of
+what is trained on say more. Members carry no time, owner or rights, so the same samples give the same bytes.
 """
 
 import io
@@ -15,11 +15,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from moexpand.base.errors import InputError
-from moexpand.data.index import ShardIndex, write_index
-from moexpand.data.order import hash_of_key
+from moexpand.data.dataset import PARTS_MEMBER, TEXT_MEMBER
+from moexpand.data.image_decode import image_size
+from moexpand.data.index import IndexedSample, Member, ShardIndex, write_index
+from moexpand.data.parts import Part, encode_text
 from moexpand.data.tokens import Tokenizer, load_tokenizer
 
 
@@ -29,16 +28,17 @@ class Sample:
 
     key: str
     kind: str
-    """text, figure or table."""
-    text: str
+    """text, figure, table, equation, image, chat or record."""
+    parts: list[Part]
     meta: dict[str, Any] = field(default_factory=dict)
     """Goes to the .json member: source, page, box, caption, ..."""
-    image: Path | None = None
-    """A PNG file."""
+    images: dict[str, Path] = field(default_factory=dict)
+    """Extension of the member -> file."""
 
 
 @lru_cache(maxsize=2)
-def _tokenizer(name: str) -> Tokenizer:
+def cached_tokenizer(name: str) -> Tokenizer:
+    """A tokenizer, loaded once a process."""
     return load_tokenizer(name)
 
 
@@ -48,73 +48,63 @@ def shard_name(number: int) -> str:
 
 
 def write_shard(folder: Path, number: int, samples: list[Sample], tokenizer_name: str) -> dict[str, Any]:
-    """Write one tar and its index.
+    """Write one tar and its index; the index comes last, so a shard that has one is whole.
 
     Returns:
         name, samples, tokens and bytes of the shard, for dataset.json.
     """
-    tokenizer = _tokenizer(tokenizer_name)
+    tokenizer = cached_tokenizer(tokenizer_name)
     path = folder / shard_name(number)
-    rows: list[tuple[int, str, int, int, int]] = []
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for i, sample in enumerate(samples):
-            meta = {"kind": sample.kind} | sample.meta
-            members = {"json": json.dumps(meta, ensure_ascii=False, sort_keys=True).encode(), "txt": sample.text.encode()}
-            if sample.image is not None:
-                members["png"] = sample.image.read_bytes()
-            for extension, content in sorted(members.items()):
-                header = tarfile.TarInfo(f"{sample.key}.{extension}")
-                header.size = len(content)
-                header.mode = 0o444
-                rows.append((i, extension, tar.offset + tarfile.BLOCKSIZE, len(content), zlib.crc32(content)))
-                tar.addfile(header, io.BytesIO(content))
-    tokens = [len(tokenizer.encode(sample.text)) for sample in samples]
-    owners, names, offsets, sizes, checksums = zip(*rows, strict=True)
-    index = ShardIndex(
-        tar=path.name,
-        tar_size=path.stat().st_size,
-        tokenizer=tokenizer.fingerprint,
-        key=np.array([sample.key.encode() for sample in samples]),
-        key_hash=np.array([hash_of_key(sample.key) for sample in samples], dtype=np.uint64),
-        kind=np.array([sample.kind.encode() for sample in samples]),
-        tokens=np.array(tokens, dtype=np.int64),
-        member_sample=np.array(owners, dtype=np.int64),
-        member_name=np.array([name.encode() for name in names]),
-        member_offset=np.array(offsets, dtype=np.int64),
-        member_size=np.array(sizes, dtype=np.int64),
-        member_crc32=np.array(checksums, dtype=np.uint32),
-    )
+    partial = path.with_suffix(".partial")
+    indexed = []
+    with open(partial, "wb") as file:
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for sample in samples:
+                contents = _members(sample)
+                members = [_add(tar, sample.key, extension, content) for extension, content in sorted(contents.items())]
+                tokens = len(encode_text(sample.parts, tokenizer).ids)
+                sizes = tuple(image_size(contents[part["image"]]) for part in sample.parts if "image" in part)
+                indexed.append(IndexedSample(sample.key, sample.kind, tokens, tuple(members), sizes))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    index = ShardIndex.of_samples(path.name, path.stat().st_size, tokenizer.fingerprint, indexed)
     write_index(folder, index)
-    return {"name": path.name, "samples": len(samples), "tokens": sum(tokens), "bytes": index.tar_size}
+    return shard_entry(index)
 
 
-class ShardReader:
-    """Random reads from one tar by offset."""
+def shard_entry(index: ShardIndex) -> dict[str, Any]:
+    """What dataset.json says of a shard."""
+    return {
+        "name": index.tar,
+        "samples": len(index.key),
+        "tokens": int(index.tokens.sum()),
+        "images": len(index.image_height),
+        "bytes": index.tar_size,
+    }
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self._descriptor = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise InputError(f"The shard {path} cannot be opened: {error.strerror}.") from None
 
-    def size(self) -> int:
-        """Bytes of the file."""
-        return os.fstat(self._descriptor).st_size
+def _members(sample: Sample) -> dict[str, bytes]:
+    """Extension -> content of all members of a sample."""
+    meta = {"kind": sample.kind} | sample.meta
+    contents = {"json": _json(meta)} | {name: path.read_bytes() for name, path in sample.images.items()}
+    plain: list[Part] = [{"image": name} for name in sorted(sample.images)]
+    last = sample.parts[-1] if sample.parts else {}
+    if sample.parts == [*plain, {"text": last.get("text")}]:
+        contents[TEXT_MEMBER] = last["text"].encode()
+    else:
+        contents[PARTS_MEMBER] = _json(sample.parts)
+    return contents
 
-    def read(self, key: str, member: str, offset: int, size: int, crc32: int) -> bytes:
-        """Content of one member.
 
-        Raises:
-            InputError: the file ends before the member does, or the content has another checksum.
-        """
-        content = os.pread(self._descriptor, size, offset)
-        if len(content) != size:
-            raise InputError(f"The shard {self.path} ends inside the member {key}.{member}: it is truncated.")
-        if zlib.crc32(content) != crc32:
-            raise InputError(f"The member {key}.{member} of {self.path} does not have the CRC32 of its index: it is damaged.")
-        return content
+def _add(tar: tarfile.TarFile, key: str, extension: str, content: bytes) -> Member:
+    header = tarfile.TarInfo(f"{key}.{extension}")
+    header.size = len(content)
+    header.mode = 0o444
+    member = Member(extension, tar.offset + tarfile.BLOCKSIZE, len(content), zlib.crc32(content))
+    tar.addfile(header, io.BytesIO(content))
+    return member
 
-    def __del__(self) -> None:
-        if hasattr(self, "_descriptor"):
-            os.close(self._descriptor)
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, sort_keys=True).encode()

@@ -1,16 +1,30 @@
-"""Where text comes from: PDF files, jsonl files with a "text" key, plain-text files, and folders of them."""
+"""Where samples come from: PDF files, rows of jsonl, CSV and parquet, plain text, pictures with captions, and folders of them."""
 
 import hashlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moexpand.base.errors import InputError
-from moexpand.data.tally import Tally
 
-FORMATS = {".pdf": "pdf", ".jsonl": "jsonl", ".txt": "text", ".text": "text", ".md": "text", ".rst": "text"}
+FORMATS = {
+    ".pdf": "pdf",
+    ".jsonl": "rows",
+    ".ndjson": "rows",
+    ".csv": "rows",
+    ".tsv": "rows",
+    ".tab": "rows",
+    ".parquet": "parquet",
+    ".txt": "text",
+    ".text": "text",
+    ".md": "text",
+    ".rst": "text",
+}
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+CAPTIONS = "metadata.jsonl"
+"""In a folder of pictures: rows with "file_name" and "text", as the image folders of Hugging Face's datasets have."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +35,7 @@ class SourceFile:
     name: str
     """The folder that was given, and the path inside it: the same on every machine."""
     format: str
-    """pdf, jsonl or text."""
+    """pdf, rows, parquet, text, or pictures (a folder of them with captions)."""
 
     @property
     def key(self) -> str:
@@ -36,7 +50,8 @@ def list_sources(pdfs: str | None, sources: list[str]) -> list[SourceFile]:
     Args:
         pdfs: folder of PDF files, or one file.
         sources: files and folders. A file given by itself is plain text unless its name says otherwise; in folders, files of
-            other kinds are passed over.
+            other kinds are passed over. A folder with pictures of which some have a caption is one source of them, and the
+            captions are no texts of their own.
 
     Raises:
         InputError: a path does not exist, or there is nothing to read.
@@ -47,11 +62,7 @@ def list_sources(pdfs: str | None, sources: list[str]) -> list[SourceFile]:
         if root.is_file():
             found.append(SourceFile(root, root.name, only or FORMATS.get(root.suffix.lower(), "text")))
         elif root.is_dir():
-            for path in sorted(path for path in root.rglob("*") if path.is_file()):
-                kind = FORMATS.get(path.suffix.lower())
-                if kind is not None and only in (None, kind):
-                    name = f"{root.resolve().name}/{path.relative_to(root).as_posix()}"
-                    found.append(SourceFile(path, name, kind))
+            found += _of_folder(root, only)
         else:
             raise InputError(f"The source {root} does not exist.")
     if not found:
@@ -60,7 +71,50 @@ def list_sources(pdfs: str | None, sources: list[str]) -> list[SourceFile]:
     return _with_unique_names(found)
 
 
-_EXPECTED = "give a folder of PDF files as pdfs=..., or jsonl and text files as sources=[...]"
+def _of_folder(root: Path, only: str | None) -> list[SourceFile]:
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    captions = set() if only else {caption for path in files for caption in _captions_beside(path)}
+    found = []
+    for folder in sorted({caption.parent for caption in captions}):
+        inside = folder.relative_to(root).as_posix()
+        found.append(SourceFile(folder, root.resolve().name + ("" if inside == "." else f"/{inside}"), "pictures"))
+    for path in files:
+        kind = FORMATS.get(path.suffix.lower())
+        if kind is not None and only in (None, kind) and path not in captions:
+            found.append(SourceFile(path, f"{root.resolve().name}/{path.relative_to(root).as_posix()}", kind))
+    return sorted(found, key=lambda file: file.path)
+
+
+def _captions_beside(path: Path) -> list[Path]:
+    """The files that caption a picture."""
+    if path.suffix.lower() not in PICTURES:
+        return []
+    return [file for file in (path.with_suffix(".txt"), path.with_name(CAPTIONS)) if file.is_file()]
+
+
+def captions_of(folder: Path) -> Iterator[tuple[Path, str | None]]:
+    """(picture, its caption or None) of a folder, sorted by name; a .txt file beside a picture goes before `metadata.jsonl`."""
+    rows: dict[str, str] = {}
+    if (folder / CAPTIONS).is_file():
+        for line in (folder / CAPTIONS).read_bytes().splitlines():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(row, dict) and isinstance(row.get("file_name"), str) and isinstance(row.get("text"), str):
+                rows[row["file_name"]] = row["text"]
+    for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURES and path.is_file()):
+        beside = path.with_suffix(".txt")
+        if beside.is_file():
+            yield path, beside.read_bytes().decode("utf-8-sig", "replace")
+        else:
+            yield path, rows.get(path.name)
+
+
+_EXPECTED = (
+    "give a folder of PDF files as pdfs=..., or jsonl, CSV, parquet and text files or folders of pictures with captions as"
+    " sources=[...]"
+)
 
 
 def _with_unique_names(files: list[SourceFile]) -> list[SourceFile]:
@@ -70,57 +124,8 @@ def _with_unique_names(files: list[SourceFile]) -> list[SourceFile]:
     for file in files:
         counts[file.name] = counts.get(file.name, 0) + 1
         number = counts[file.name]
-        result.append(file if number == 1 else SourceFile(file.path, f"{file.name}#{number}", file.format))
+        result.append(file if number == 1 else replace(file, name=f"{file.name}#{number}"))
     return result
-
-
-def read_documents(file: SourceFile, tally: Tally) -> Iterator[tuple[str, str]]:
-    """(place in the file, text) of every document of a jsonl or text file; lines and files that cannot be used are counted.
-
-    Raises:
-        InputError: the file cannot be opened.
-    """
-    try:
-        with open(file.path, "rb") as stream:
-            if file.format == "text":
-                yield from _one(stream.read(), tally)
-            else:
-                for number, line in enumerate(stream, start=1):
-                    if line.strip():
-                        yield from _json_line(number, line, tally)
-    except OSError as error:
-        raise InputError(f"The source {file.path} cannot be read: {error.strerror}.") from None
-
-
-def _one(content: bytes, tally: Tally) -> Iterator[tuple[str, str]]:
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        tally.drop("not_utf8")
-        return
-    yield from _whole("", text, tally)
-
-
-def _json_line(number: int, line: bytes, tally: Tally) -> Iterator[tuple[str, str]]:
-    try:
-        record = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
-        tally.drop("not_json")
-        return
-    text = record.get("text") if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        tally.drop("no_text_key")
-        return
-    # A lone surrogate (a broken escape in JSON) has no UTF-8.
-    yield from _whole(f"line {number}", text.encode("utf-8", "replace").decode("utf-8"), tally)
-
-
-def _whole(place: str, text: str, tally: Tally) -> Iterator[tuple[str, str]]:
-    if not text.strip():
-        tally.drop("empty")
-        return
-    tally.keep()
-    yield place, text
 
 
 def cut(paragraphs: list[str], characters: int) -> list[str]:

@@ -23,6 +23,11 @@ class Tally:
         self.input += count
         self.dropped[reason] += count
 
+    def reject(self, reason: str) -> None:
+        """Something that was kept ends here after all."""
+        self.kept -= 1
+        self.dropped[reason] += 1
+
     def as_json(self) -> dict[str, Any]:
         """For counts.json and dataset.json."""
         return {"input": self.input, "kept": self.kept, "dropped": dict(sorted(self.dropped.items()))}

@@ -75,6 +75,10 @@ class Tokenizer(Protocol):
     """Rows of the embedding, padding included."""
     eos_id: int
     """Written after every document."""
+    specials: dict[str, int]
+    """Added token -> id: control tokens such as <|im_start|>, and markers such as <think>."""
+    stripping: frozenset[str]
+    """Those of `specials` that swallow white space beside them, or only match whole words, in Hugging Face's tokenizers."""
 
     @property
     def fingerprint(self) -> str:
@@ -113,6 +117,8 @@ def load_tokenizer(name_or_folder: str) -> Tokenizer:
 
 class QwenTokenizer:
     """The Qwen byte-pair encoding through tiktoken, all of its ranks or the first ones."""
+
+    stripping: frozenset[str] = frozenset()
 
     def __init__(self, name: str, ranks: int, vocab_size: int) -> None:
         # tiktoken is imported here so that a folder's tokenizer works without it.
@@ -160,6 +166,9 @@ class FolderTokenizer:
         except Exception as error:  # `tokenizers` raises bare Exception for every flaw of the file
             raise InputError(f"{folder / 'tokenizer.json'} is not a tokenizer that `tokenizers` can read: {error}.") from None
         self._vocabulary: dict[str, int] = self._full.get_vocab(with_added_tokens=True)
+        added = [(token.content, number, token) for number, token in self._full.get_added_tokens_decoder().items()]
+        self.specials = {content: number for content, number, _ in added}
+        self.stripping = frozenset(name for name, _, token in added if token.lstrip or token.rstrip or token.single_word)
         settings = _optional_json(folder / "config.json")
         settings = settings.get("text_config", settings)
         self.vocab_size = max(int(settings.get("vocab_size", 0)), max(self._vocabulary.values()) + 1)

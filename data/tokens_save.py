@@ -10,14 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moexpand.base.files import write_json
-
-CHAT_TEMPLATE = (
-    "{%- for message in messages %}"
-    "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
-    "{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
-)
-"""The frame of Qwen's chats (ChatML): role and content between im_start and im_end."""
+from moexpand.data.chatml import CHATML
 
 
 @lru_cache(maxsize=1)
@@ -108,7 +101,7 @@ def save_qwen(folder: Path, ranks: dict[bytes, int], specials: dict[str, int], p
         "eos_token": end_of_text,
         "pad_token": end_of_text,
         "unk_token": None,
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": CHATML,
         "clean_up_tokenization_spaces": False,
         "errors": "replace",
         "model_max_length": 131072,

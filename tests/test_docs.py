@@ -153,8 +153,9 @@ def test_every_group_and_option_of_a_command_is_in_the_table() -> None:
 def test_every_drop_reason_is_explained() -> None:
     """Names under which the data room drops something: given to drop(), raised as Refused or returned as a reason."""
     text = (ROOT / "docs/data.md").read_text()
-    patterns = (r'\.drop\("(\w+)"', r'Refused\("(\w+)"', r'return None, "(\w+)"', r'return "(\w+)"$')
-    files = [ROOT / "data" / name for name in ("filters.py", "pdf.py", "sources.py", "build.py")]
+    patterns = (r'\.drop\("(\w+)"', r'(?:Refused|Unusable)\("(\w+)"', r'return None, "(\w+)"', r'return "(\w+)"$')
+    names = ("filters.py", "pdf.py", "units.py", "tar_index.py", "record_templates.py", "chat.py")
+    files = [ROOT / "data" / name for name in names]
     found = {reason for file in files for pattern in patterns for reason in re.findall(pattern, file.read_text(), re.MULTILINE)}
     found |= {"duplicate", "encrypted", "broken", "time_limit", "memory_limit", "crashed"}
     assert len(found) > 15

@@ -13,6 +13,7 @@ from moexpand.conf.compose import from_yaml
 from moexpand.conf.schema import ExportCommand, TrainCommand
 from moexpand.train import checkpoints, preflight
 from moexpand.train.preflight import PLAN, Source
+from moexpand.train.run_data import open_data
 from moexpand.upcycle.config_json import Config, architecture_config, grouped_config, lmdeploy_config, with_routing
 from moexpand.upcycle.layout import copy_side_files
 
@@ -49,7 +50,7 @@ def export(command: ExportCommand, say: Callable[[str], None]) -> None:
         if source.checkpoint is not None:
             copy_side_files(source.checkpoint.folder, source.checkpoint.side_files, side_files)
         if source.checkpoint is None or source.new_vocabulary:
-            preflight.open_data(config).tokenizer.save(side_files)
+            open_data(config).tokenizer.save(side_files)
         _write(config, source, folder, command, target, side_files)
     say(f"wrote {folder} to {target}")
     if command.format == "lmdeploy":

@@ -15,10 +15,11 @@ from moexpand.parallel import checkpoint, cpu, ranks
 from moexpand.parallel.batch import PackedBatch
 from moexpand.parallel.engine import Engine
 from moexpand.train import checkpoints, setup
+from moexpand.train.batches import Batches
 from moexpand.train.checkpoints import Progress
 from moexpand.train.display import Display
 from moexpand.train.evaluation import HeldOut
-from moexpand.train.metrics import console_line, step_row
+from moexpand.train.metrics import console_line, source_row, step_row
 from moexpand.train.preflight import PLAN, Source
 from moexpand.train.records import Records
 from moexpand.train.schedules import learning_rate, router_multiplier
@@ -45,7 +46,7 @@ def train(config: TrainCommand, source: Source, data: PackedData, here: ranks.Ra
             if source.plan is not None:
                 write_atomic(run / PLAN, row_per_line(source.plan.to_json()))
         telemetry = Telemetry(config.track, source, engine)
-        for note in [*notes, *telemetry_notes(config.track, source)]:
+        for note in [*notes, *data.left_out(), *telemetry_notes(config.track, source)]:
             display.say(note)
 
         def evaluate() -> None:
@@ -56,19 +57,20 @@ def train(config: TrainCommand, source: Source, data: PackedData, here: ranks.Ra
             display.say(f"step {progress.step}/{steps}  held-out loss {row['held_out_loss']:.4f}")
 
         told: set[str] = set()
+        read = Batches(data, config, here.data_rank, here.data_size, progress.step)
         if ranks.broadcast(records.lacks_evaluation(progress.step)):  # at the start, or the stop came before it
             evaluate()
         while progress.step < steps:
             began = time.perf_counter()
-            batches = load_batches(data, config, here, progress.step)
+            batches = [PackedBatch.from_arrays(each, cpu.device()) for each in next(read)]
             _tell_bad_samples(data, told, display.say if here.main else print)
-            waited = time.perf_counter() - began
             lr = learning_rate(config.optim, progress.step, steps)
             router_lr = lr * router_multiplier(config.router, progress.step)
             report = engine.step(batches, lr, router_lr, watch=telemetry.watch(progress.step + 1))
             progress = replace(progress, step=progress.step + 1, tokens=progress.tokens + report.tokens)
             seconds, groups = time.perf_counter() - began, source.architecture.router_n_groups
-            row = step_row(report, progress, lr, router_lr, seconds, waited, groups) | telemetry.row(progress.step, report)
+            row = step_row(report, progress, lr, router_lr, seconds, read.waited, groups) | telemetry.row(progress.step, report)
+            row |= source_row(data, progress.step)
             records.step(row)
             display.say(console_line(row, steps))
             display.advance(progress.step, f"loss {report.loss:.4f}")
@@ -80,12 +82,6 @@ def train(config: TrainCommand, source: Source, data: PackedData, here: ranks.Ra
                     f"Stopped by a signal after step {progress.step} of {steps}; a checkpoint is saved, start again to go on."
                 )
             evaluate()
-
-
-def load_batches(data: PackedData, config: TrainCommand, here: ranks.Ranks, step: int) -> list[PackedBatch]:
-    """This data rank's micro-batches of a step, on the device."""
-    arrays = data.batch(step, here.data_rank, here.data_size, config.train.micro_batch)
-    return [PackedBatch.from_arrays(each, cpu.device()) for each in arrays]
 
 
 def _tell_bad_samples(data: PackedData, told: set[str], say: Callable[[str], None]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from moexpand.data.loader import PackedData
 from moexpand.parallel.engine import StepReport
 from moexpand.train.checkpoints import Progress
 from moexpand.train.tables import EVALUATIONS as EVALUATIONS
@@ -82,6 +83,12 @@ def step_row(
         **rank_metrics(report.rank_rows),
         **load_metrics(report.dispatched, groups),
     }
+
+
+def source_row(data: PackedData, step: int) -> dict[str, Any]:
+    """What the data of a step was: for each source its tokens in the global batch, and how often it has been read so far."""
+    tokens = {f"tokens/{name}": count for name, count in data.tokens_of(step - 1).items()}
+    return tokens | {f"epoch/{name}": epochs for name, epochs in data.epochs_at(step).items()}
 
 
 def console_line(row: dict[str, Any], steps: int) -> str:

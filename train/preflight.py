@@ -9,6 +9,7 @@ from moexpand.base.files import read_json
 from moexpand.conf.check import check_train
 from moexpand.conf.schema import TrainCommand
 from moexpand.data.loader import PackedData
+from moexpand.train.run_data import open_data
 from moexpand.upcycle.architecture import Architecture
 from moexpand.upcycle.checkpoint import EXPANSION, Checkpoint, open_checkpoint
 from moexpand.upcycle.families import family_of
@@ -103,25 +104,12 @@ def open_supported(folder: str) -> Checkpoint:
     return checkpoint
 
 
-def open_data(config: TrainCommand) -> PackedData:
-    """The packed batches of the run's shards."""
-    return PackedData(
-        Path(config.data.shards),
-        config.train.seq_length,
-        config.train.global_batch,
-        config.seed,
-        held_out=config.data.held_out,
-        tokenizer=config.data.tokenizer,
-        max_bad_fraction=config.data.max_bad_fraction,
-    )
-
-
 def check(config: TrainCommand, world_size: int) -> tuple[Source, PackedData]:
     """Open model and data and check that they, the layout and the ranks agree."""
     source = source_of(config)
     check_train(config, source.architecture, world_size, _has_selection_bias(config, source))
     data = open_data(config)
-    check_vocabulary(data, config.data.shards, source.architecture)
+    check_vocabulary(data, data.sources[0].place, source.architecture)
     return source, data
 
 

@@ -13,7 +13,8 @@ from moexpand.conf.compose import from_yaml
 from moexpand.conf.schema import TrainCommand
 from moexpand.data.loader import MicroBatch
 from moexpand.train.metrics import EVALUATIONS, read_rows
-from moexpand.train.preflight import PLAN, open_data
+from moexpand.train.preflight import PLAN
+from moexpand.train.run_data import open_data
 
 TOLERANCE = 1e-4
 

@@ -95,9 +95,10 @@ def fixed_settings(config: TrainCommand, source: Source, data: PackedData) -> di
         "train.micro_batch": config.train.micro_batch,
         "train.seq_length": config.train.seq_length,
         "data.held_out": config.data.held_out,
+        "data.shuffle": config.data.shuffle,
         "the plan of expand": None if source.plan is None else source.plan.digest,
         "tokenizer": data.fingerprint,
-        "the samples of data.shards": data.corpus_fingerprint,
+        "the samples of the shards": data.corpus_fingerprint,
         **{
             f"the model's {name}": list(value) if isinstance(value, tuple) else value
             for name, value in asdict(source.architecture).items()

@@ -80,6 +80,29 @@ def refuse_existing(target: Path) -> None:
         raise InputError(f"{target} exists already and is not an empty folder; choose another target or remove it.")
 
 
+def publish_folder(building: Path, target: Path) -> None:
+    """Make every file of a folder durable and give the folder its name by one rename.
+
+    Args:
+        building: on the same disk as `target`.
+        target: does not exist, or is an empty folder.
+
+    Raises:
+        EnvironmentFailure: the disk is full, read-only, ...
+    """
+    with disk_errors(f"writing {target}"):
+        for file in sorted(path for path in building.rglob("*") if path.is_file()):
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        for folder in sorted((path for path in building.rglob("*") if path.is_dir()), reverse=True):
+            fsync_folder(folder)
+        fsync_folder(building)
+        if target.exists():
+            target.rmdir()
+        os.rename(building, target)
+        fsync_folder(target.parent)
+
+
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """Build a folder under a temporary name and publish it as `target` by one rename.
@@ -101,16 +124,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         building.mkdir()
         try:
             yield building
-            for file in sorted(path for path in building.rglob("*") if path.is_file()):
-                with open(file, "rb") as handle:
-                    os.fsync(handle.fileno())
-            for folder in sorted((path for path in building.rglob("*") if path.is_dir()), reverse=True):
-                fsync_folder(folder)
-            fsync_folder(building)
-            if target.exists():
-                target.rmdir()
-            os.rename(building, target)
-            fsync_folder(target.parent)
+            publish_folder(building, target)
         except BaseException:
             shutil.rmtree(building, ignore_errors=True)
             raise

@@ -25,6 +25,7 @@ COMMANDS = {
     "logits": "run the engine forward on a Hugging Face folder",
     "report": "write a run, or several, as one HTML page with plots",
     "data build": "turn PDFs and other sources into shards",
+    "data index": "index webdataset or energon tars in place",
     "data inspect": "show what a shard folder holds, what was dropped and why",
 }
 TOLD_KEYS = ("upcycle",)

@@ -1,17 +1,22 @@
 """`moexpand data inspect`."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from moexpand.conf.schema import DataInspectCommand
 from moexpand.console import Console
 from moexpand.data.inspect import inspect_shards
+from moexpand.data.sheet import write_sheet
 
 
 def run(config: DataInspectCommand) -> None:
     """Print what a shard folder holds as tables or as JSON."""
-    found = inspect_shards(Path(config.shards))
+    found = inspect_shards(config.shards)
+    if config.sheet is not None:
+        count = write_sheet(config.shards, Path(config.sheet), config.sheet_samples)
+        print(f"{config.sheet}: {count} pictures with their captions", file=sys.stderr)
     if config.format == "json":
         print(json.dumps(found, indent=2, ensure_ascii=False))
         return
@@ -19,7 +24,8 @@ def run(config: DataInspectCommand) -> None:
 
 
 def _print_tables(console: Console, shards: str, found: dict[str, Any]) -> None:
-    console.line(f"{shards}: {found['samples']} samples, {found['tokens']} tokens of {found['tokenizer']['name']}")
+    name = found["tokenizer"]["name"]
+    console.line(f"{shards}: {found['samples']} samples, {found['tokens']} tokens of {name}, {found['images']} pictures")
     kinds = [(name, counts["samples"], counts["tokens"]) for name, counts in found["kinds"].items()]
     console.table(("kind", "samples", "tokens"), kinds)
     rows = []

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from moexpand.data.build import BuildOptions, build_dataset
+from moexpand.data.units import ReadOptions
 
 SENTENCE = "the expert router sends each token to eight of many experts and the loss falls while 随机森林 learns α β naïve"
 WORDS = SENTENCE.split()
@@ -28,6 +29,6 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of 160 jsonl documents, 40 a shard, tokenised with qwen-8192."""
     folder = tmp_path_factory.mktemp("corpus")
     source = write_jsonl(folder / "documents.jsonl", 160)
-    options = BuildOptions(tokenizer="qwen-8192", workers=1, shard_samples=40)
+    options = BuildOptions(ReadOptions(tokenizer="qwen-8192"), workers=1, shard_samples=40)
     build_dataset(None, [str(source)], folder / "shards", options, lambda line: None)
     return folder / "shards"

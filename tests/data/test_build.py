@@ -13,10 +13,11 @@ from PIL import Image
 from moexpand.base.errors import InputError
 from moexpand.data.build import BuildOptions, build_dataset
 from moexpand.data.filters import repetition, symbol_ratio
-from moexpand.data.index import read_index
+from moexpand.data.index import index_name, parse_index
 from moexpand.data.inspect import inspect_shards
 from moexpand.data.sources import cut, list_sources, paragraphs
 from moexpand.data.tokens import load_tokenizer
+from moexpand.data.units import ReadOptions
 from tests.data.conftest import write_jsonl
 from tests.data.pdf_maker import paragraph, plot, text, write_pdf
 
@@ -32,7 +33,7 @@ def silent(line: str) -> None:
 
 
 def build(out: Path, pdfs: Path | None, sources: list[Path], **options: object) -> dict:
-    chosen = BuildOptions(**({"tokenizer": "qwen-8192", "workers": 1} | options))
+    chosen = BuildOptions(ReadOptions(tokenizer="qwen-8192"), **({"workers": 1} | options))
     return build_dataset(str(pdfs) if pdfs else None, [str(source) for source in sources], out, chosen, silent)
 
 
@@ -79,7 +80,7 @@ def test_every_document_and_sample_ends_in_a_shard_or_under_a_reason(tmp_path):
     (tmp_path / "latin.txt").write_bytes("Gr\xfc\xdfe ".encode("latin-1") * 50)
     summary = build(tmp_path / "out", None, [tmp_path / "a.jsonl", tmp_path / "latin.txt"])
     stages = summary["stages"]
-    dropped = {"empty": 1, "no_text_key": 2, "not_json": 1, "not_utf8": 1}
+    dropped = {"empty": 1, "no_text_key": 1, "not_json": 1, "not_object": 1, "not_utf8": 1}
     assert stages["documents"] == {"input": 10, "kept": 5, "dropped": dropped}
     assert stages["samples"]["dropped"] == {"duplicate": 1, "repetition": 1, "symbols": 1, "too_short": 1}
     assert stages["samples"]["kept"] == summary["samples"] == 1
@@ -94,7 +95,8 @@ def test_pdfs_give_text_and_figures_and_broken_ones_are_counted(sources, tmp_pat
     samples = list(webdataset.WebDataset(str(tmp_path / "out" / "shard-000000.tar"), shardshuffle=False))
     figures = [sample for sample in samples if "png" in sample]
     assert len(figures) == 1  # the second figure is the same picture with the same text
-    assert summary["stages"]["samples"]["dropped"] == {"duplicate": 1}
+    # The body repeats itself, and so does the other document.
+    assert summary["stages"]["samples"]["dropped"] == {"duplicate": 1, "ngram_repetition": 2}
     meta = json.loads(figures[0]["json"])
     assert meta["caption"] == "Figure 1: A zigzag in a frame."
     assert (meta["kind"], meta["page"], meta["source"]) == ("figure", 1, "pdfs/first.pdf")
@@ -107,7 +109,7 @@ def test_pdfs_give_text_and_figures_and_broken_ones_are_counted(sources, tmp_pat
 def test_webdataset_reads_what_the_index_says(corpus):
     tokenizer = load_tokenizer("qwen-8192")
     for path in sorted(corpus.glob("*.tar")):
-        index = read_index(path)
+        index = parse_index(path.with_name(index_name(path.name)).read_bytes(), path.name, str(path))
         samples = list(webdataset.WebDataset(str(path), shardshuffle=False))
         assert [sample["__key__"] for sample in samples] == [key.decode() for key in index.key]
         assert [len(tokenizer.encode(sample["txt"].decode())) for sample in samples] == index.tokens.tolist()

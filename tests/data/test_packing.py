@@ -5,12 +5,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moexpand.data.order import hash_of_key, permutation, random_numbers
-from moexpand.data.packing import best_fit, plan_epoch
+from moexpand.data.packing import Plan, best_fit
+from moexpand.data.planning import PackSequence, SampleOrder
 
 GOLDEN_ORDER = [7, 0, 6, 2, 4, 5, 1, 3]
 GOLDEN_HASH = 7733304464327601969
 
 lengths_lists = st.lists(st.integers(1, 90), min_size=1, max_size=80)
+
+
+def plan_epoch(lengths: np.ndarray, seq_length: int, seed: int, epoch: int, window: int = 1 << 16) -> Plan:
+    """The windows of an epoch joined."""
+    plans = PackSequence(lengths, SampleOrder(len(lengths), seed, window), seq_length, seed).epoch(epoch)
+    firsts = np.cumsum([0, *(len(plan.sample) for plan in plans)])
+    return Plan(
+        np.concatenate([[0], *(plan.first[1:] + first for plan, first in zip(plans, firsts[:-1], strict=True))]),
+        *(np.concatenate([getattr(plan, name) for plan in plans]) for name in ("sample", "start", "length")),
+    )
 
 
 def naive_best_fit(lengths: list[int], capacity: int) -> int:

@@ -1,0 +1,244 @@
+"""Samples as ordered parts, and parts as token ids with a loss flag each.
+
+A part is a JSON object of one of these forms:
+
+    {"text": "..."}                                    plain text: names of special tokens in it are ordinary characters
+    {"text": "...", "loss": false}                     not trained on
+    {"text": "...", "special": true}                   markup written by us: names of special tokens become these tokens
+    {"image": "png"} or {"image": "0.jpg"}             the sample's member with this ending
+
+Neighbouring texts are tokenised as one text, as a tokenizer would split the whole sample, with one exception: text is cut where
+the loss begins or ends. A prompt is tokenised on its own when the model is asked, so its ids must not depend on the answer.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from moexpand.base.errors import InputError
+from moexpand.data.tokens import Tokenizer
+
+Part = dict[str, Any]
+
+VISION_TOKENS = (
+    ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>"),
+    ("<img>", "<IMG_CONTEXT>", "</img>"),
+)
+"""How families write an image (before, once per vision token, after): Qwen-VL and Intern-S1-Pro; InternVL and Intern-S1."""
+
+_IMAGE_NAME = re.compile(r"(?:[0-9]+\.)?[a-z0-9]+")
+_KEYS = {"text": {"text", "loss", "special"}, "image": {"image"}}
+
+
+class Unusable(Exception):
+    """One record or conversation that makes no sample: `reason` is counted, `detail` is for people, and the build goes on."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True)
+class EncodedSample:
+    """A sample as token ids, without an end-of-text token."""
+
+    ids: np.ndarray
+    """int32 [n]"""
+    loss: np.ndarray
+    """bool [n]: this token is to be predicted (the flag belongs to the token itself, not to the one before it)"""
+    image_spans: np.ndarray
+    """int64 [images, 2]: first place of an image's vision tokens in `ids`, and the place after the last"""
+
+
+def text_part(text: str, loss: bool = True, special: bool = False) -> Part:
+    """A text part that leaves out what is the default."""
+    part: Part = {"text": text}
+    if not loss:
+        part["loss"] = False
+    if special:
+        part["special"] = True
+    return part
+
+
+def check_parts(parts: Any) -> None:
+    """Refuse what is no list of parts.
+
+    Raises:
+        InputError: names the first wrong part and what is wrong with it.
+    """
+    if not isinstance(parts, list) or not parts:
+        raise InputError(f"A sample's parts must be a list with at least one part, but it is {_short(parts)}.")
+    for number, part in enumerate(parts):
+        problem = _problem(part)
+        if problem:
+            raise InputError(f"Part {number} of a sample, {_short(part)}, {problem}.")
+
+
+def _problem(part: Any) -> str:
+    if not isinstance(part, dict):
+        return "is not a JSON object"
+    kinds = [kind for kind in _KEYS if kind in part]
+    if len(kinds) != 1:
+        return "must have either 'text' or 'image'"
+    kind = kinds[0]
+    unknown = sorted(str(key) for key in part if key not in _KEYS[kind])
+    if unknown:
+        return f"has the key {unknown[0]!r}, and a part with {kind!r} may only have {', '.join(sorted(_KEYS[kind]))}"
+    if not isinstance(part[kind], str):
+        return f"must have a string as {kind!r}"
+    for flag in ("loss", "special"):
+        if not isinstance(part.get(flag, False), bool):
+            return f"must have true or false as {flag!r}"
+    if kind == "image" and not _IMAGE_NAME.fullmatch(part["image"]):
+        return "must name the image by the ending of its member, such as 'png' or '0.png'"
+    return ""
+
+
+def encode_parts(parts: Sequence[Part], tokenizer: Tokenizer, image_tokens: Sequence[int]) -> EncodedSample:
+    """Turn parts into token ids.
+
+    Args:
+        parts: of one sample; see `check_parts`.
+        tokenizer: whose special tokens the markup of the parts uses.
+        image_tokens: vision tokens of each image part, in their order. An image becomes the token that opens one, this many
+            placeholders, and the token that closes it, none of them with loss.
+
+    Raises:
+        InputError: not as many numbers as images, a number below 1, a tokenizer without vision tokens, or vision placeholders
+            written as text.
+    """
+    if len(parts) == 1 and "text" in parts[0] and not parts[0].get("special", False):
+        ids = np.array(tokenizer.encode(parts[0]["text"]), dtype=np.int32)
+        loss = np.full(len(ids), parts[0].get("loss", True), dtype=bool)
+        _check_images(parts, image_tokens)
+        return EncodedSample(ids, loss, np.zeros((0, 2), dtype=np.int64))
+    _check_images(parts, image_tokens)
+    collected = _Collector(tokenizer)
+    images = iter(image_tokens)
+    for part in parts:
+        if "image" in part:
+            collected.add_image(next(images))
+        elif part.get("special", False):
+            collected.add_markup(part["text"], part.get("loss", True))
+        else:
+            collected.add_text(part["text"], part.get("loss", True))
+    return collected.finish()
+
+
+def encode_text(parts: Sequence[Part], tokenizer: Tokenizer) -> EncodedSample:
+    """The text of a sample whose images are left out: the ids of `encode_parts` without those that stand for images."""
+    pieces: list[list[Part]] = [[]]
+    for part in parts:
+        if "image" in part:
+            pieces.append([])
+        else:
+            pieces[-1].append(part)
+    encoded = [encode_parts(piece, tokenizer, []) for piece in pieces if piece]
+    if len(encoded) == 1:
+        return encoded[0]
+    ids = np.concatenate([np.zeros(0, dtype=np.int32), *(piece.ids for piece in encoded)])
+    loss = np.concatenate([np.zeros(0, dtype=bool), *(piece.loss for piece in encoded)])
+    return EncodedSample(ids, loss, np.zeros((0, 2), dtype=np.int64))
+
+
+def _check_images(parts: Sequence[Part], image_tokens: Sequence[int]) -> None:
+    images = sum("image" in part for part in parts)
+    if images != len(image_tokens) or any(count < 1 for count in image_tokens):
+        raise InputError(
+            f"A sample has {images} image parts, but its images have {list(image_tokens)} vision tokens;"
+            " each image part needs one number of at least 1."
+        )
+
+
+class _Collector:
+    """Ids and flags as they grow; text is held back until it ends, because its ids depend on what follows."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._loss: list[bool] = []
+        self._spans: list[tuple[int, int]] = []
+        self._held: list[str] = []
+        self._held_loss = True
+
+    def add_text(self, text: str, loss: bool) -> None:
+        if not text:
+            return
+        if loss != self._held_loss:
+            self._release()
+            self._held_loss = loss
+        self._held.append(text)
+
+    def add_markup(self, text: str, loss: bool) -> None:
+        end = 0
+        for match in control_pattern(control_tokens(self._tokenizer)).finditer(text):
+            self.add_text(text[end : match.start()], loss)
+            self._release()
+            if any(match[0] == pad for _, pad, _ in VISION_TOKENS):
+                raise InputError(f"The markup {_short(text)} writes {match[0]} as text; write an image part instead.")
+            self._append([self._tokenizer.specials[match[0]]], loss)
+            end = match.end()
+        self.add_text(text[end:], loss)
+
+    def add_image(self, count: int) -> None:
+        self._release()
+        start, pad, end = vision_ids(self._tokenizer)
+        first = len(self._ids) + 1
+        self._append([start, *[pad] * count, end], False)
+        self._spans.append((first, first + count))
+
+    def _append(self, ids: list[int], loss: bool) -> None:
+        self._ids += ids
+        self._loss += [loss] * len(ids)
+
+    def _release(self) -> None:
+        text = "".join(self._held)
+        self._held = []
+        if text:
+            self._append(self._tokenizer.encode(text), self._held_loss)
+
+    def finish(self) -> EncodedSample:
+        self._release()
+        spans = np.array(self._spans, dtype=np.int64).reshape(-1, 2)
+        return EncodedSample(np.array(self._ids, dtype=np.int32), np.array(self._loss, dtype=bool), spans)
+
+
+def control_tokens(tokenizer: Tokenizer) -> tuple[str, ...]:
+    """The added tokens that markup can name. Runs of white space and single characters are text, not markup."""
+    return tuple(token for token in tokenizer.specials if len(token) > 1 and token.strip())
+
+
+@lru_cache(maxsize=32)
+def control_pattern(tokens: tuple[str, ...]) -> re.Pattern[str]:
+    """Finds control tokens in a text; where several begin at one place, the longest, as Hugging Face's tokenizers do."""
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
+
+
+def vision_tokens(names: Iterable[str]) -> tuple[str, str, str] | None:
+    """The first convention of `VISION_TOKENS` whose three tokens are all among `names`."""
+    known = set(names)
+    return next((convention for convention in VISION_TOKENS if known.issuperset(convention)), None)
+
+
+def vision_ids(tokenizer: Tokenizer) -> tuple[int, int, int]:
+    """Ids of the tokens that open an image, hold a vision token's place, and close it.
+
+    Raises:
+        InputError: the tokenizer has no such tokens.
+    """
+    convention = vision_tokens(tokenizer.specials)
+    if convention is None:
+        known = " or ".join(" ".join(tokens) for tokens in VISION_TOKENS)
+        raise InputError(f"The tokenizer {tokenizer.name} has no tokens for images ({known}); leave images out, or use another.")
+    start, pad, end = (tokenizer.specials[token] for token in convention)
+    return start, pad, end
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,213 @@
+"""One source of a run: its samples' lengths in tokens, which are trained on and which held out, their packs, their token ids."""
+
+import hashlib
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from moexpand.base.errors import InputError
+from moexpand.data.dataset import Corpus, Unreadable
+from moexpand.data.image_decode import BadImage, decode_image
+from moexpand.data.images import ImageProcessor, ImageSettings, image_tokens
+from moexpand.data.packing import Plan
+from moexpand.data.parts import encode_parts, encode_text
+from moexpand.data.planning import Order, PackSequence, SampleOrder, ShardOrder
+from moexpand.data.tokens import Tokenizer
+
+CACHED_TOKENS = 1 << 24
+EVALUATION_SEED = 0
+PLANS_FOLDER = ".plans"
+IMAGE_MARKS = 2
+"""Tokens around an image: its start and its end."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder of shards and its part in a mixture."""
+
+    place: str
+    """Path or address."""
+    weight: float = 1.0
+    max_epochs: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Last part of the place, for metrics and messages."""
+        return self.place.rstrip("/").rsplit("/", 1)[-1]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A sample ready for packs, end-of-text token included."""
+
+    ids: np.ndarray
+    """int32 [n]"""
+    loss: np.ndarray
+    """bool [n], whether a token is to be predicted"""
+    patches: tuple[np.ndarray, ...] = ()
+    """float32 [patches of an image, values of a patch], one array an image"""
+    grids: tuple[tuple[int, int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """What all sources of a run share."""
+
+    seq_length: int
+    seed: int
+    held_out: float = 0.05
+    max_bad_fraction: float = 0.0
+    shuffle: str = "samples"
+    """samples: over everything; shards: whole shards, then the samples of some shards together."""
+    images: ImageSettings | None = None
+    """None leaves images out."""
+    answers_only: bool = True
+    """Follow the samples' own marks of what is trained on; without, all text is."""
+    cache: Path | None = None
+    cache_bytes: int = 0
+
+
+class Stream:
+    """The training and the held-out samples of one folder of shards.
+
+    Attributes:
+        corpus: see `Corpus`.
+        packs: the endless sequence of training packs; its samples are places in `train`.
+        vision: int64 [samples], tokens that stand for images, without their marks.
+        left_out: what is in neither half, as reason -> samples.
+
+    Raises:
+        InputError: the shards are damaged, or hold no training sample.
+    """
+
+    def __init__(self, place: str, tokenizer: Tokenizer, settings: StreamSettings) -> None:
+        self.corpus = Corpus(place, settings.max_bad_fraction, settings.cache, settings.cache_bytes)
+        self._tokenizer, self._settings = tokenizer, settings
+        self._processor = None if settings.images is None else ImageProcessor(settings.images)
+        self.vision, images, misshapen = self._vision()
+        self.lengths = self.corpus.tokens + self.vision + IMAGE_MARKS * images + 1
+        empty = self.lengths == 1
+        # An image is never split, so such a sample has to fit as a whole.
+        too_long = (images > 0) & (self.lengths > settings.seq_length)
+        self.left_out = {
+            reason: int(count)
+            for reason, count in (
+                ("empty", empty.sum()),
+                ("image_too_long", too_long.sum()),
+                ("image_shape", (misshapen > 0).sum()),
+            )
+            if count
+        }
+        # The hash spread over [0, 1): a sample stays held out whatever is added to the set.
+        kept_out = self.corpus.key_hash / 2.0**64 < settings.held_out
+        usable = ~(empty | too_long | (misshapen > 0))
+        self.train = np.flatnonzero(~kept_out & usable)
+        self._held_out = np.flatnonzero(kept_out & usable)
+        if len(self.train) == 0:
+            reasons = f" ({', '.join(f'{reason}: {count}' for reason, count in self.left_out.items())})" if self.left_out else ""
+            raise InputError(f"The shards in {place} hold no training sample with data.held_out={settings.held_out}{reasons}.")
+        self.packs = self._sequence(self.train, self._order(), settings.seed)
+        self._encoded: OrderedDict[int, Encoded] = OrderedDict()
+        self._tokens_held = 0
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over keys and lengths of all samples in their order: what the order of batches follows from."""
+        return hashlib.sha256(self.corpus.key_hash.tobytes() + (self.lengths - 1).tobytes()).hexdigest()
+
+    def segments(self, pack: int) -> list[tuple[int, int, int]]:
+        """(sample, start, length) of every segment of a training pack."""
+        return [(int(self.train[place]), start, length) for place, start, length in self.packs.segments(pack)]
+
+    def held_out(self, packs: int) -> list[list[tuple[int, int, int]]]:
+        """Segments of the first packs of the held-out samples, the same for every seed; fewer where they do not fill as many."""
+        if len(self._held_out) == 0:
+            return []
+        order = SampleOrder(len(self._held_out), EVALUATION_SEED)
+        sequence = self._sequence(self._held_out, order, EVALUATION_SEED)
+        found: list[list[tuple[int, int, int]]] = []
+        for window in range(order.windows):
+            plan = sequence.window(0, window)
+            for pack in range(min(len(plan), packs - len(found))):
+                found.append([(int(self._held_out[place]), start, length) for place, start, length in plan.segments(pack)])
+        return found
+
+    def windows(self, epoch: int) -> list[Plan]:
+        """All packs of an epoch."""
+        return self.packs.epoch(epoch)
+
+    def encoded(self, sample: int) -> Encoded | None:
+        """A sample's tokens and pixels, or None where it cannot be used and the allowed fraction is not yet passed.
+
+        Raises:
+            InputError: it has another length than its index says, or too many samples are bad.
+        """
+        if sample in self._encoded:
+            self._encoded.move_to_end(sample)
+            return self._encoded[sample]
+        try:
+            made = self._encode(sample)
+        except (Unreadable, BadImage) as problem:
+            self.corpus.set_aside(sample, str(problem))
+            return None
+        if not made.patches:  # pixels are large, and an image is seen once an epoch
+            self._encoded[sample] = made
+            self._tokens_held += len(made.ids)
+            while self._tokens_held > CACHED_TOKENS:
+                self._tokens_held -= len(self._encoded.popitem(last=False)[1].ids)
+        return made
+
+    def _encode(self, sample: int) -> Encoded:
+        processor = self._processor
+        content = self.corpus.content(sample, images=processor is not None)
+        patches, grids = [], []
+        for number, image in enumerate(content.images if processor else ()):
+            try:
+                values, grid = processor.process(decode_image(image))  # type: ignore[union-attr]
+            except BadImage as error:
+                raise Unreadable(f"Image {number} of the sample {self.corpus.name(sample)} cannot be used: {error}.") from None
+            patches.append(values)
+            grids.append(grid)
+        if processor is None:
+            encoded = encode_text(content.parts, self._tokenizer)
+        else:
+            encoded = encode_parts(
+                content.parts, self._tokenizer, [image_tokens(grid, processor.settings.merge_size) for grid in grids]
+            )
+        ids = np.append(encoded.ids, self._tokenizer.eos_id).astype(np.int32)
+        if len(ids) != self.lengths[sample]:
+            raise InputError(
+                f"The sample {self.corpus.name(sample)} has {len(ids) - 1} tokens, and its index says"
+                f" {self.lengths[sample] - 1}; build the shards again."
+            )
+        trained = encoded.loss
+        if not self._settings.answers_only:
+            trained = np.ones_like(encoded.loss)
+            for begin, end in encoded.image_spans:
+                trained[begin - 1 : end + 1] = False
+        # The end of the text is to be predicted where what comes before it is.
+        return Encoded(ids, np.append(trained, trained[-1:]), tuple(patches), tuple(grids))
+
+    def _vision(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """int64 [samples]: tokens for images, number of images, and how many of them have a shape that no model takes."""
+        none = np.zeros_like(self.corpus.tokens)
+        if self._settings.images is None:
+            return none, none, none
+        first = self.corpus.image_first
+        tokens = self._settings.images.vision_tokens(self.corpus.image_height, self.corpus.image_width)
+        sums = (np.concatenate([[0], np.cumsum(values)]) for values in (tokens, tokens == 0))
+        by_sample, misshapen = (before[first[1:]] - before[first[:-1]] for before in sums)
+        return by_sample, np.diff(first), misshapen
+
+    def _order(self) -> Order:
+        if self._settings.shuffle == "shards":
+            return ShardOrder(self.corpus.shard[self.train], self._settings.seed)
+        return SampleOrder(len(self.train), self._settings.seed)
+
+    def _sequence(self, samples: np.ndarray, order: Order, seed: int) -> PackSequence:
+        local = "://" not in self.corpus.place
+        folder = Path(self.corpus.place) / PLANS_FOLDER if local else self._settings.cache
+        return PackSequence(self.lengths[samples], order, self._settings.seq_length, seed, folder)

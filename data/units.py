@@ -1,0 +1,295 @@
+"""One source to records: the samples-to-be of a file with what filters need to know of them, in a folder of its own.
+
+The folder holds `records.jsonl`, `measures.jsonl` (a line for each record), the pictures, and `counts.json`. A record is
+
+    {"name": "t0000000", "kind": "text", "text": what filters and readers see, "meta": {...}}
+
+with `parts` where a sample is more than its pictures and its text, and `images` (extension of the member -> file in the folder).
+"""
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+from moexpand.base.errors import InputError
+from moexpand.data.chat import ChatSettings, chat_row
+from moexpand.data.chat_template import ChatTemplate, load_chat_template
+from moexpand.data.image_decode import BadImage, image_size
+from moexpand.data.measures import measure
+from moexpand.data.parts import Part, Unusable
+from moexpand.data.pdf import COUNTS, RECORDS, PdfLimits, extract_pdf
+from moexpand.data.record_templates import RecordTemplates, read_rows
+from moexpand.data.shards import cached_tokenizer
+from moexpand.data.sources import SourceFile, captions_of, cut, paragraphs
+from moexpand.data.tally import Tally
+
+MEASURES = "measures.jsonl"
+REFUSED = "refused"
+LETTERS = {"text": "t", "figure": "f", "table": "f", "equation": "f", "image": "i", "chat": "c", "record": "r"}
+PARQUET_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How sources become records; every field decides the bytes of the result."""
+
+    tokenizer: str = "qwen"
+    sample_characters: int = 6000
+    text_key: str = "text"
+    pdf: PdfLimits = field(default_factory=PdfLimits)
+    chat: ChatSettings = field(default_factory=ChatSettings)
+    chat_template: str | None = None
+    """A jinja file or a Hugging Face folder; None takes the tokenizer's."""
+    templates: Mapping[str, Any] | None = None
+    """Content of a file of record templates."""
+    template: str | None = None
+    """Name of the one to fill."""
+    seed: int = 0
+
+
+class Records:
+    """Writes the records of a unit as they come."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.documents, self.pages, self.figures = Tally(), Tally(), Tally()
+        self.untrained_answers = 0
+        self._numbers: Counter[str] = Counter()
+        self._records: IO[str] = open(folder / f".{RECORDS}", "w", encoding="utf-8", errors="replace")  # noqa: SIM115
+        self._measures: IO[str] = open(folder / MEASURES, "w", encoding="utf-8")  # noqa: SIM115
+
+    def add(
+        self,
+        kind: str,
+        text: str,
+        meta: dict[str, Any],
+        parts: list[Part] | None = None,
+        images: dict[str, str] | None = None,
+        about: dict[str, Any] | None = None,
+    ) -> None:
+        """Write a record.
+
+        Args:
+            about: caption, inner_text and mentions of a figure, for measures and captioners.
+        """
+        letter = LETTERS[kind]
+        name = f"{letter}{self._numbers[letter]:07d}"
+        self._numbers[letter] += 1
+        record = {"name": name, "kind": kind, "text": text, "meta": meta} | (about or {})
+        if parts is not None:
+            record["parts"] = parts
+        if images:
+            record["images"] = images
+        measured = measure(record | {"images": list((images or {}).values())}, self.folder)
+        self._records.write(_line(record))
+        self._measures.write(_line({"name": name, "kind": kind} | measured))
+
+    def keep_image(self, content: bytes, ending: str) -> str:
+        """Put a picture into the folder, named by its content; returns the file's name.
+
+        Raises:
+            BadImage: its header shows that it cannot be used.
+        """
+        image_size(content)
+        name = f"{hashlib.sha256(content).hexdigest()[:32]}{ending.lower()}"
+        (self.folder / name).write_bytes(content)
+        return name
+
+    def finish(self, reason: str | None = None) -> None:
+        """Close the files; counts.json comes last."""
+        self._records.close()
+        self._measures.close()
+        (self.folder / f".{RECORDS}").replace(self.folder / RECORDS)
+        counts = {
+            "reason": reason,
+            "documents": self.documents.as_json(),
+            "pages": self.pages.as_json(),
+            "figures": self.figures.as_json(),
+            "untrained_answers": self.untrained_answers,
+        }
+        (self.folder / COUNTS).write_text(json.dumps(counts), encoding="utf-8")
+
+
+def read_unit(file: SourceFile, folder: str, options: ReadOptions) -> None:
+    """Read a source into an existing, empty folder.
+
+    Where the source cannot be opened, or the templates are wrong, the sentence that says so is left in the file `refused`.
+    """
+    try:
+        _read(file, Records(Path(folder)), options)
+    except InputError as error:
+        (Path(folder) / REFUSED).write_text(str(error), encoding="utf-8")
+
+
+def _read(file: SourceFile, records: Records, options: ReadOptions) -> None:
+    reason = None
+    if file.format == "pdf":
+        reason = _read_pdf(file, records, options)
+    elif file.format == "text":
+        _read_text(file, records, options)
+    elif file.format == "pictures":
+        _read_pictures(file, records)
+    else:
+        _read_rows(file, records, options)
+    records.finish(reason)
+
+
+def _read_pdf(file: SourceFile, records: Records, options: ReadOptions) -> str | None:
+    extract_pdf(str(file.path.resolve()), str(records.folder), options.pdf)
+    counts = json.loads((records.folder / COUNTS).read_text(encoding="utf-8"))
+    if counts["reason"]:
+        records.documents.drop(counts["reason"])
+        return str(counts["reason"])
+    records.documents.keep()
+    records.pages.add(counts["pages"])
+    records.figures.add(counts["figures"])
+    found = [json.loads(line) for line in (records.folder / RECORDS).read_text(encoding="utf-8").splitlines()]
+    for text in cut([record["text"] for record in found if record["kind"] == "text"], options.sample_characters):
+        records.add("text", text, {})
+    for record in found:
+        if record["kind"] != "text":
+            about = {key: record[key] for key in ("caption", "inner_text", "mentions")}
+            meta = {key: value for key, value in record.items() if key not in ("kind", "text", "image")}
+            records.add(record["kind"], record["text"], meta, images={"png": record["image"]}, about=about)
+    return None
+
+
+def _read_text(file: SourceFile, records: Records, options: ReadOptions) -> None:
+    try:
+        text = _content(file.path).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        records.documents.drop("not_utf8")
+        return
+    if not text.strip():
+        records.documents.drop("empty")
+        return
+    records.documents.keep()
+    for piece in cut(paragraphs(text), options.sample_characters):
+        records.add("text", piece, {})
+
+
+def _read_pictures(file: SourceFile, records: Records) -> None:
+    for path, caption in captions_of(file.path):
+        if caption is None or not caption.strip():
+            records.documents.drop("no_caption")
+            continue
+        try:
+            name = records.keep_image(_content(path), path.suffix)
+        except BadImage as problem:
+            records.documents.drop(f"image_{problem.reason}")
+            continue
+        records.documents.keep()
+        ending = path.suffix.lower().lstrip(".")
+        records.add("image", caption.strip(), {"file": path.name}, images={ending: name}, about={"caption": caption.strip()})
+
+
+def _read_rows(file: SourceFile, records: Records, options: ReadOptions) -> None:
+    rows = _parquet_rows if file.format == "parquet" else read_rows
+    reader = _RowReader(file, records, options)
+    for place, row in rows(file.path, records.documents):
+        try:
+            reader.add(place, row)
+        except (Unusable, BadImage) as problem:
+            reason = f"image_{problem.reason}" if isinstance(problem, BadImage) else problem.reason
+            records.documents.reject(reason)
+
+
+class _RowReader:
+    """Rows as conversations ("messages"), as text, or through a template."""
+
+    def __init__(self, file: SourceFile, records: Records, options: ReadOptions) -> None:
+        self._file, self._records, self._options = file, records, options
+        self._template: ChatTemplate | None = None
+        self._templates: RecordTemplates | None = None
+        if options.templates is not None:
+            needs_chat = bool(options.templates.get("domains"))
+            self._templates = RecordTemplates(options.templates, self._chat() if needs_chat else None)
+
+    def add(self, place: str, row: dict[str, Any]) -> None:
+        """The records of a row.
+
+        Raises:
+            Unusable, BadImage: it makes none.
+        """
+        if "messages" in row:
+            self._add_chat(place, row)
+        elif isinstance(text := row.get(self._options.text_key), str):
+            # A lone surrogate (a broken escape in JSON) has no UTF-8.
+            text = text.encode("utf-8", "replace").decode("utf-8")
+            if not text.strip():
+                raise Unusable("empty", "there is no text")
+            for piece in cut(paragraphs(text), self._options.sample_characters):
+                self._records.add("text", piece, {"place": place})
+        elif self._templates is not None:
+            key = f"{self._file.name}\0{place}"
+            filled = self._templates.fill(row, key, self._options.seed, self._options.template)
+            meta = {"place": place, "template": filled.template, "variant": filled.variant}
+            meta |= {"domain": filled.domain} if filled.domain else {}
+            self._records.add("record", filled.text, meta, filled.parts)
+        else:
+            raise Unusable("no_text_key", f"the row has neither messages nor {self._options.text_key!r}")
+
+    def _add_chat(self, place: str, row: dict[str, Any]) -> None:
+        rendered = chat_row(row, self._chat(), self._options.chat)
+        if self._templates is not None and any(map(self._belongs_to_a_domain, row["messages"])):
+            raise Unusable("system_of_a_domain", "its system prompt is that of a domain of the record templates")
+        self._records.untrained_answers += rendered.untrained
+        for sample in rendered.samples:
+            named = [part["image"] for part in sample.parts if "image" in part]
+            images = {name: self._image(file) for name, file in zip(named, sample.images, strict=True)}
+            self._records.add("chat", sample.text, {"place": place, "answers": sample.answers}, sample.parts, images)
+
+    def _belongs_to_a_domain(self, message: Any) -> bool:
+        system = isinstance(message, dict) and message.get("role") == "system" and message.get("content")
+        return isinstance(system, str) and self._templates is not None and self._templates.owner(system) is not None
+
+    def _chat(self) -> ChatTemplate:
+        if self._template is None:
+            tokenizer = cached_tokenizer(self._options.tokenizer)
+            self._template = load_chat_template(
+                self._options.chat_template or self._options.tokenizer, tokenizer, self._options.chat.date
+            )
+        return self._template
+
+    def _image(self, name: str) -> str:
+        """A picture of a row lies beside its file or below; nothing else of the disk is read."""
+        relative = PurePosixPath(name)
+        path = self._file.path.parent / relative
+        if relative.is_absolute() or ".." in relative.parts or re.match(r"[a-z][a-z0-9+.-]*:", name, re.I):
+            raise Unusable("image_outside", f"the picture {name!r} is not a path inside the folder of its file")
+        if not path.is_file() or not path.resolve().is_relative_to(self._file.path.parent.resolve()):
+            raise Unusable("image_missing", f"there is no picture {name!r}")
+        return self._records.keep_image(_content(path), path.suffix)
+
+
+def _parquet_rows(path: Path, tally: Tally) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, column -> value) of every row; see `read_rows`."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as table:
+            number = 0
+            for batch in table.iter_batches(PARQUET_ROWS):
+                for row in batch.to_pylist():
+                    number += 1
+                    tally.keep()
+                    yield f"row {number}", row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path} cannot be read as parquet: {error}.") from None
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"The source {path} cannot be read: {error.strerror}.") from None
+
+
+def _line(value: dict[str, Any]) -> str:
+    return json.dumps(value, ensure_ascii=False, sort_keys=True) + "\n"
