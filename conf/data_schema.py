@@ -106,7 +106,7 @@ class DataBuildCommand:
 
 @dataclass
 class DataIndexCommand:
-    """Write the sidecar indexes of webdataset or energon tars, without rewriting them."""
+    """Index webdataset or energon tars in place."""
 
     shards: str = key(MISSING, "folder of tars")
     tokenizer: str = key("qwen", "qwen, qwen-8192 or a Hugging Face folder")
