@@ -1,49 +1,36 @@
-"""One PDF to records: running text, and figures and tables as pictures with their captions and the text that speaks of them.
+"""One PDF to records: running text, and figures, tables and equations as pictures with the text that speaks of them.
 
 `extract_pdf` is meant to run in a process of its own (sandbox.py): PDFium is not thread-safe, and a hostile file may eat time and
 memory. What is refused here is refused with a reason that is counted; forms and scripts are never initialised.
 """
 
-import ctypes
 import json
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pypdfium2 as pdfium
 import pypdfium2.raw as raw
-from PIL import ImageChops
 
-from moexpand.data.pdf_figures import Caption, find_captions, find_regions
-from moexpand.data.pdf_layout import (
-    Page,
-    Paragraph,
-    count_words,
-    document_style,
-    goes_on,
-    gutters,
-    join_text,
-    paragraph_text,
-    paragraphs_of,
-    reading_order,
-    strip_running_heads,
-)
-from moexpand.data.pdf_text import INVISIBLE, Box, page_transform, read_lines
+from moexpand.data.pdf_captions import Caption, find_captions
+from moexpand.data.pdf_crop import crop
+from moexpand.data.pdf_equations import Equation, find_equations
+from moexpand.data.pdf_layout import Page, Style, document_style, gutters, margins_of, strip_running_heads
+from moexpand.data.pdf_page import read_page, upright
+from moexpand.data.pdf_paragraphs import Text, count_words, join_text, running_text
+from moexpand.data.pdf_regions import find_regions
+from moexpand.data.pdf_text import Box
 from moexpand.data.tally import Tally
 
 RECORDS = "records.jsonl"
 COUNTS = "counts.json"
 MAX_PAGES = 5000
-MAX_SIDE_POINTS = 4000.0
-"""Longest side of a page that is read, 1.4 metres; a MediaBox may claim kilometres."""
-MAX_PIXELS = 16_000_000
-"""Of one cropped picture; larger regions are rendered at a lower resolution."""
-MAX_OBJECTS = 200_000
-"""Page objects that are looked at."""
 MAX_CONTEXT = 3
 """Paragraphs that mention a figure and are kept with it."""
+MIN_EQUATION_POINTS = 4.0
+"""Smallest side of an equation's ink."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +39,23 @@ class PdfLimits:
 
     image_dpi: int = 144
     min_figure_points: float = 36.0
+    equations: bool = False
+    """Take numbered display equations as pictures, too."""
 
 
 class Refused(Exception):
     """The document as a whole is dropped; the text is the reason."""
+
+
+@dataclass
+class _Document:
+    """What is known of a document while it is extracted."""
+
+    pdf: pdfium.PdfDocument
+    pages: list[Page]
+    style: Style
+    columns: dict[int, float | None]
+    words: Counter[str]
 
 
 def extract_pdf(path: str, folder: str, limits: PdfLimits) -> None:
@@ -64,11 +64,12 @@ def extract_pdf(path: str, folder: str, limits: PdfLimits) -> None:
     Args:
         path: the PDF.
         folder: an existing, empty folder.
-        limits: resolution and smallest figure.
+        limits: resolution, smallest figure, whether equations are wanted.
 
-    A record is {"kind": "text", "text", "page"} or {"kind": "figure" | "table", "text", "caption", "number", "page", "box",
-    "mentions", "inner_text", "image"}; pages count from 1, boxes are points from the top left. counts.json is {"reason": why the
-    whole document is dropped, or null, "pages": tally, "figures": tally}.
+    A record is {"kind": "text", "text", "page"} or {"kind": "figure" | "table" | "equation", "text", "caption", "number",
+    "page", "box", "mentions", "inner_text", "image"}; pages count from 1, boxes are points from the top left of the page as it
+    is shown. An equation has no caption, and its text is the paragraphs around it. counts.json is {"reason": why the whole
+    document is dropped, or null, "pages": tally, "figures": tally}; figures, tables and equations are counted together.
     """
     out = Path(folder)
     pages_tally, figures_tally = Tally(), Tally()
@@ -95,139 +96,116 @@ def _open(path: Path) -> pdfium.PdfDocument:
         raise Refused("encrypted" if code in (raw.FPDF_ERR_PASSWORD, raw.FPDF_ERR_SECURITY) else "broken") from None
 
 
-def _extract(path: Path, out: Path, limits: PdfLimits, pages_tally: Tally, figures_tally: Tally) -> list[dict[str, Any]]:
-    document = _open(path)
+def _read(pdf: pdfium.PdfDocument, tally: Tally) -> _Document:
+    """All pages, and the document's habits."""
     pages = []
-    for number in range(len(document)):
+    for number in range(len(pdf)):
         if number >= MAX_PAGES:
-            pages_tally.drop("beyond_page_limit", len(document) - MAX_PAGES)
+            tally.drop("beyond_page_limit", len(pdf) - MAX_PAGES)
             break
-        page, reason = _read_page(document, number)
+        page, reason = read_page(pdf, number)
         if page is None:
-            pages_tally.drop(reason)
+            tally.drop(reason)
         else:
-            pages_tally.keep()
+            tally.keep()
             pages.append(page)
     if not pages:
-        raise Refused(pages_tally.dropped.most_common(1)[0][0])
+        raise Refused(tally.dropped.most_common(1)[0][0])
     if not any(page.lines for page in pages):
         raise Refused("no_text")
-
     words = count_words(pages)
     strip_running_heads(pages)
+    pages = [upright(page) for page in pages]
     style = document_style(pages)
     columns = gutters(pages)
-    captions = find_captions(pages, columns)
-    find_regions(captions, pages, style, columns)
+    return _Document(pdf, pages, replace(style, margins=margins_of(pages, columns, style)), columns, words)
+
+
+def _extract(path: Path, out: Path, limits: PdfLimits, pages_tally: Tally, figures_tally: Tally) -> list[dict[str, Any]]:
+    document = _read(_open(path), pages_tally)
+    captions = find_captions(document.pages, document.columns, document.style)
+    find_regions(captions, document.pages, document.style, document.columns)
     kept: list[tuple[Caption, str, str]] = []
-    for page in pages:
+    regions: dict[int, list[Box]] = {}
+    for page in document.pages:
         own = [caption for caption in captions if caption.page == page.number]
+        source = document.pdf[page.number] if own else None
         for caption in own:
-            image, reason = _crop(document, page, caption, out, limits)
-            if image is None:
-                figures_tally.drop(reason)
-            else:
-                figures_tally.keep()
+            name = f"{caption.kind}-{caption.page + 1:04d}-{re.sub('[^0-9A-Za-z]', '_', caption.number)}.png"
+            # A table of three rows is flat and still a table.
+            smallest = limits.min_figure_points * (0.5 if caption.kind == "table" else 1.0)
+            if _crop(source, page, caption.region, limits.image_dpi, smallest, out / name, figures_tally):
                 inner = " ".join(line.text for line in page.lines if caption.region and _holds(caption.region, line.box))
-                kept.append((caption, image, inner))
+                kept.append((caption, name, inner))
+        if source is not None:
+            source.close()
+        regions[page.number] = [caption.region for caption in own if caption.region is not None]
         _remove_figures(page, own)
-    texts = _running_text(pages, columns, words)
-    records: list[dict[str, Any]] = [{"kind": "text", "page": page, "text": text} for page, text in texts]
+    texts = running_text(document.pages, document.columns, document.words)
+    records = [{"kind": "text", "page": text.page + 1, "text": text.text} for text in texts]
+    pages = {page.number: page for page in document.pages}
     for caption, image, inner in kept:
-        text = join_text([line.text for line in caption.lines], words)
-        mentions = _mentions(caption, [text for _, text in texts])
-        records.append(
-            {
-                "kind": caption.kind,
-                "text": "\n\n".join([text, *mentions]),
-                "caption": text,
-                "number": caption.number,
-                "page": caption.page + 1,
-                "box": [round(value, 1) for value in caption.region or caption.box],
-                "mentions": mentions,
-                "inner_text": inner,
-                "image": image,
-            }
-        )
+        text = join_text([line.text for line in caption.lines], document.words)
+        mentions = _mentions(caption.number, _pattern(caption), texts)
+        box = pages[caption.page].as_shown(caption.region or caption.box)
+        records.append(_record(caption.kind, [text, *mentions], text, caption.number, caption.page, box, mentions, inner, image))
+    if limits.equations:
+        for page in document.pages:
+            found = find_equations(page, document.style, document.columns[page.number], regions[page.number], texts)
+            records += _equations(document, page, found, texts, limits, out, figures_tally)
     return records
 
 
-def _read_page(document: pdfium.PdfDocument, number: int) -> tuple[Page | None, str]:
-    """A page's lines and drawings, or None and the reason why it is dropped."""
-    try:
-        page = document[number]
-    except pdfium.PdfiumError:
-        return None, "broken_page"
-    try:
-        width, height = page.get_size()
-        if not (0 < width <= MAX_SIDE_POINTS and 0 < height <= MAX_SIDE_POINTS):
-            return None, "page_size"
-        graphics, hidden = _drawings(page)
-        lines = read_lines(page, hidden)
-        for line in lines:
-            line.page = number
-        return Page(number, width, height, lines, graphics), ""
-    except pdfium.PdfiumError:
-        return None, "broken_page"
-    finally:
-        page.close()
+def _record(
+    kind: str, text: list[str], caption: str, number: str, page: int, box: Box, mentions: list[str], inner: str, image: str
+) -> dict[str, Any]:
+    return {
+        "kind": kind,
+        "text": "\n\n".join(text),
+        "caption": caption,
+        "number": number,
+        "page": page + 1,
+        "box": [round(value, 1) for value in box],
+        "mentions": mentions,
+        "inner_text": inner,
+        "image": image,
+    }
 
 
-def _drawings(page: pdfium.PdfPage) -> tuple[list[Box], bool]:
-    """Boxes of what is drawn on a page, and whether some of its text is invisible."""
-    transform, width, height = page_transform(page)
-    left, bottom, right, top = (ctypes.c_float() for _ in range(4))
-    boxes: list[Box] = []
-    hidden = False
-    for i in range(min(raw.FPDFPage_CountObjects(page.raw), MAX_OBJECTS)):
-        item = raw.FPDFPage_GetObject(page.raw, i)
-        kind = raw.FPDFPageObj_GetType(item)
-        if kind == raw.FPDF_PAGEOBJ_TEXT:
-            hidden = hidden or raw.FPDFTextObj_GetTextRenderMode(item) in INVISIBLE
+def _equations(
+    document: _Document, page: Page, equations: list[Equation], texts: list[Text], limits: PdfLimits, out: Path, tally: Tally
+) -> list[dict[str, Any]]:
+    """Records of a page's equations."""
+    records = []
+    source = document.pdf[page.number] if equations else None
+    for equation in equations:
+        name = f"equation-{page.number + 1:04d}-{re.sub('[^0-9A-Za-z]', '_', equation.number)}.png"
+        if not _crop(source, page, equation.region, limits.image_dpi, MIN_EQUATION_POINTS, out / name, tally):
             continue
-        hidden = hidden or kind == raw.FPDF_PAGEOBJ_FORM
-        if not raw.FPDFPageObj_GetBounds(item, left, bottom, right, top):
-            continue
-        x0, y0, x1, y1 = transform(left.value, bottom.value, right.value, top.value)
-        if x1 > 0 and y1 > 0 and x0 < width and y0 < height:
-            boxes.append((max(x0, 0.0), max(y0, 0.0), min(x1, width), min(y1, height)))
-    return boxes, hidden
-
-
-def _crop(document: pdfium.PdfDocument, page: Page, caption: Caption, out: Path, limits: PdfLimits) -> tuple[str | None, str]:
-    """Render a caption's region to a PNG file, trimmed of white margins. Returns the file's name, or None and the reason."""
-    if caption.region is None:
-        return None, "no_region"
-    x0, y0, x1, y1 = caption.region
-    if min(x1 - x0, y1 - y0) < 1.0:
-        return None, "too_small"
-    scale = limits.image_dpi / 72
-    scale = min(scale, (MAX_PIXELS / ((x1 - x0) * (y1 - y0))) ** 0.5)
-    source = document[page.number]
-    try:
-        margins = (x0, page.height - y1, page.width - x1, y0)
-        bitmap = source.render(scale=scale, crop=tuple(max(margin, 0.0) for margin in margins), may_draw_forms=False)
-        picture = bitmap.to_pil().convert("RGB")
-    except (pdfium.PdfiumError, ValueError):
-        return None, "not_rendered"
-    finally:
+        pattern = re.compile(rf"\b(?:Eqs?\.|Equations?)\s*\(?{re.escape(equation.number)}(?![\d.]\d)\)?", re.I)
+        mentions = _mentions(equation.number, pattern, texts)
+        context = list(dict.fromkeys([*equation.context, *mentions]))
+        box = page.as_shown(equation.region)
+        records.append(_record("equation", context, "", equation.number, page.number, box, mentions, equation.inner_text, name))
+    if source is not None:
         source.close()
-    white = picture.copy()
-    white.paste((255, 255, 255), (0, 0, *picture.size))
-    ink = ImageChops.difference(picture, white).getbbox()
-    if ink is None:
-        return None, "blank"
-    # A table of three rows is flat and still a table.
-    smallest = limits.min_figure_points * (0.5 if caption.kind == "table" else 1.0)
-    if min(ink[2] - ink[0], ink[3] - ink[1]) < smallest * scale:
-        return None, "too_small"
-    pad = round(3 * scale)
-    picture = picture.crop(
-        (max(ink[0] - pad, 0), max(ink[1] - pad, 0), min(ink[2] + pad, picture.width), min(ink[3] + pad, picture.height))
-    )
-    name = f"{caption.kind}-{caption.page + 1:04d}-{re.sub('[^0-9A-Za-z]', '_', caption.number)}.png"
-    picture.save(out / name, optimize=False, compress_level=6)
-    return name, ""
+    return records
+
+
+def _crop(
+    source: pdfium.PdfPage | None, page: Page, region: Box | None, dpi: int, smallest: float, path: Path, tally: Tally
+) -> bool:
+    """Render a region of an open page to a PNG file; counts what came of it."""
+    if region is None or source is None:
+        tally.drop("no_region")
+        return False
+    whole_rows = smallest == MIN_EQUATION_POINTS
+    reason = crop(source, page.as_shown(region), dpi, smallest, path, page.turn, whole_rows=whole_rows)
+    if reason:
+        tally.drop(reason)
+        return False
+    tally.keep()
+    return True
 
 
 def _holds(region: Box, box: Box) -> bool:
@@ -245,26 +223,12 @@ def _remove_figures(page: Page, captions: list[Caption]) -> None:
     ]
 
 
-def _running_text(pages: list[Page], columns: dict[int, float | None], words: Counter[str]) -> list[tuple[int, str]]:
-    """(page from 1, text) of every paragraph in reading order, joined where a column or page broke it."""
-    texts: list[tuple[int, str]] = []
-    last: Paragraph | None = None
-    for page in pages:
-        for block in reading_order(page.lines, columns[page.number]):
-            for i, paragraph in enumerate(paragraphs_of(block)):
-                text = paragraph_text(paragraph, words)
-                if not text:
-                    continue
-                if i == 0 and last is not None and not last.mono and not paragraph.mono and goes_on(texts[-1][1], text):
-                    texts[-1] = (texts[-1][0], join_text([texts[-1][1], text], words))
-                else:
-                    texts.append((page.number + 1, text))
-                last = paragraph
-    return texts
+def _pattern(caption: Caption) -> re.Pattern[str]:
+    """How running text speaks of a figure or table by its number."""
+    words = {"fig": r"Fig(?:ure|\.)?s?", "tab": r"Tab(?:le|\.)?s?", "scheme": r"Schemes?"}
+    return re.compile(rf"\b{words[caption.label]}\s*{re.escape(caption.number)}(?![\d]|\.\d)", re.I)
 
 
-def _mentions(caption: Caption, texts: list[str]) -> list[str]:
-    """Paragraphs that speak of the figure by its number."""
-    word = r"Fig(?:ure|\.)?s?" if caption.kind == "figure" else r"Tab(?:le|\.)?s?"
-    pattern = re.compile(rf"\b{word}\s*{re.escape(caption.number)}(?![\d])", re.I)
-    return [text for text in texts if pattern.search(text)][:MAX_CONTEXT]
+def _mentions(number: str, pattern: re.Pattern[str], texts: list[Text]) -> list[str]:
+    """Paragraphs in which a pattern with a number is found."""
+    return [text.text for text in texts if number in text.text and pattern.search(text.text)][:MAX_CONTEXT]

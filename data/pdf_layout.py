@@ -1,4 +1,4 @@
-"""From the lines of all pages to running text: running heads, columns, reading order, paragraphs.
+"""The habits of a document: fonts, margins, running heads, columns.
 
 Everything is decided from the document's own habits: which fonts carry its text, which lines come back on page after page,
 where a gap between columns stays free.
@@ -13,7 +13,6 @@ from moexpand.data.pdf_text import Box, Line
 
 HEAD_ZONE = 0.12
 """Fraction of the page's height, at the top and at the bottom, where running heads and page numbers stand."""
-ENDS = tuple(".!?:;)]}\u201d\u2019\"'")
 
 
 @dataclass
@@ -25,7 +24,18 @@ class Page:
     height: float
     lines: list[Line]
     graphics: list[Box] = field(default_factory=list)
-    """Boxes of paths, images, shadings and forms."""
+    """Boxes of paths, images and shadings."""
+    turn: int = 0
+    """1 or 3: most of its text is read upwards or downwards, and all places are given as if the page had been turned upright."""
+
+    def as_shown(self, box: Box) -> Box:
+        """A box of this page in the coordinates of the page as a viewer shows it."""
+        x0, y0, x1, y1 = box
+        if self.turn == 1:
+            return (y0, self.width - x1, y1, self.width - x0)
+        if self.turn == 3:
+            return (self.height - y1, x0, self.height - y0, x1)
+        return box
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,8 @@ class Style:
     body_size: float
     body_fonts: frozenset[str]
     """Fonts with at least 4 % of the characters."""
+    margins: dict[tuple[str, int], tuple[float, float]] = field(default_factory=dict)
+    """Where text usually begins and ends, by column (page, left, right) and by page number odd or even."""
 
 
 def document_style(pages: list[Page]) -> Style:
@@ -50,6 +62,28 @@ def document_style(pages: list[Page]) -> Style:
     return Style(body, frozenset(font for font, count in fonts.items() if count >= 0.04 * total))
 
 
+def margins_of(pages: list[Page], columns: dict[int, float | None], style: Style) -> dict[tuple[str, int], tuple[float, float]]:
+    """Usual left and right end of running text, by column and by page number odd or even: pages that face each other differ."""
+    starts: dict[tuple[str, int], Counter[int]] = defaultdict(Counter)
+    ends: dict[tuple[str, int], Counter[int]] = defaultdict(Counter)
+    for page in pages:
+        split = columns[page.number]
+        for line in page.lines:
+            if line.font not in style.body_fonts or abs(line.size - style.body_size) > 0.6 or len(line.text) < 30 or line.turn:
+                continue
+            side = "page"
+            if split is not None and not (line.x0 < split - 6 and line.x1 > split + 6):
+                side = "left" if line.x0 < split else "right"
+            starts[side, page.number % 2][round(line.x0)] += 1
+            ends[side, page.number % 2][round(line.x1)] += 1
+    usual = {}
+    for key, counts in starts.items():
+        left, count = min(counts.most_common(3), key=lambda item: (item[1] * 3 < counts.most_common(1)[0][1], item[0]))
+        if count >= 5:
+            usual[key] = (float(left), float(ends[key].most_common(1)[0][0]))
+    return usual
+
+
 def strip_running_heads(pages: list[Page]) -> None:
     """Remove lines at the top and bottom that come back: the same words (numbers aside) at the same height on several pages.
 
@@ -60,13 +94,14 @@ def strip_running_heads(pages: list[Page]) -> None:
         return
     often = max(3, 0.3 * len(pages))
     zones = _zones(pages)
+    pitch = _pitch(pages)
     repeats: Counter[tuple[str, int]] = Counter()
     alone: Counter[int] = Counter()
     rules: Counter[int] = Counter()
     for page in pages:
         zone = [line for line in page.lines if _in_zone(line.box, zones)]
         repeats.update({(_pattern(line.text), _height(line.box)) for line in zone})
-        alone.update({_height(line.box) for line in zone if _stands_apart(line, page)})
+        alone.update({_height(line.box) for line in zone if _stands_apart(line, page, pitch)})
         rules.update({_height(box) for box in page.graphics if _is_rule(box, page) and _in_zone(box, zones)})
 
     def is_head(line: Line) -> bool:
@@ -114,15 +149,20 @@ def _pattern(text: str) -> str:
     return re.sub(r"\d+|\b[ivxlc]+\b", "#", text)
 
 
-def _stands_apart(line: Line, page: Page) -> bool:
+def _pitch(pages: list[Page]) -> float:
+    """Usual white between two lines, in points: in a document with double spacing a first line is no head."""
+    gaps = [b.y0 - a.y1 for page in pages for a, b in pairwise(page.lines) if 0 < b.y0 - a.y1 < 3 * a.size]
+    return sorted(gaps)[len(gaps) // 2] if gaps else 0.0
+
+
+def _stands_apart(line: Line, page: Page, pitch: float) -> bool:
     """Nothing but lines of the same height lies between this line and the page's edge, and a gap parts it from the text."""
     top = line.middle < page.height / 2
-    others = [other for other in page.lines if abs(other.middle - line.middle) > 0.6 * line.size]
+    others = [other for other in page.lines if abs(other.middle - line.middle) > 0.6 * line.size and not other.turn]
+    gap = max(0.8 * line.size, 1.4 * pitch)
     if top:
-        return all(other.middle > line.middle for other in others) and all(
-            other.y0 - line.y1 > 0.8 * line.size for other in others
-        )
-    return all(other.middle < line.middle for other in others) and all(line.y0 - other.y1 > 0.8 * line.size for other in others)
+        return all(other.middle > line.middle and other.y0 - line.y1 > gap for other in others)
+    return all(other.middle < line.middle and line.y0 - other.y1 > gap for other in others)
 
 
 def gutters(pages: list[Page]) -> dict[int, float | None]:
@@ -167,144 +207,3 @@ def _gutter(page: Page) -> float | None:
         return None
     strip = [x for crossing, x in free if crossing == min(free)[0]]
     return (strip[0] + strip[-1]) / 2
-
-
-def reading_order(lines: list[Line], split: float | None) -> list[list[Line]]:
-    """Blocks of lines in the order in which one reads them; a block is one column between two full-width lines.
-
-    Args:
-        lines: of one page.
-        split: the page's gutter.
-    """
-    rows = sorted(_join_rows(lines), key=lambda line: (line.y0, line.x0))
-    if split is None:
-        return [rows] if rows else []
-    blocks: list[list[Line]] = []
-    band: dict[str, list[Line]] = defaultdict(list)
-
-    def flush() -> None:
-        blocks.extend(band[side] for side in ("left", "right") if band[side])
-        band.clear()
-
-    for line in rows:
-        if line.x0 < split - 6 and line.x1 > split + 6:
-            flush()
-            if blocks and blocks[-1] and blocks[-1][-1].x1 > split + 6:
-                blocks[-1].append(line)
-            else:
-                blocks.append([line])
-        else:
-            band["left" if (line.x0 + line.x1) / 2 < split else "right"].append(line)
-    flush()
-    return blocks
-
-
-def _join_rows(lines: list[Line]) -> list[Line]:
-    """Join neighbours in the stream that stand on one row: pieces of formulas, superscripts, spaced listings."""
-    rows: list[Line] = []
-    for line in lines:
-        last = rows[-1] if rows else None
-        if last is not None:
-            overlap = min(last.y1, line.y1) - max(last.y0, line.y0)
-            gap = line.x0 - last.x1
-            height = min(last.y1 - last.y0, line.y1 - line.y0)
-            limit = (8.0 if line.mono and last.mono else 2.5) * max(last.size, line.size)
-            if overlap > 0.5 * height and -0.5 * last.size < gap < limit:
-                character = max(last.width / len(last.text), 1.0)
-                space = max(1, round(gap / character)) if line.mono and last.mono else int(gap > 0.12 * line.size)
-                bigger = last if len(last.text) >= len(line.text) else line
-                rows[-1] = Line(
-                    text=last.text + " " * space + line.text,
-                    x0=min(last.x0, line.x0),
-                    y0=min(last.y0, line.y0),
-                    x1=max(last.x1, line.x1),
-                    y1=max(last.y1, line.y1),
-                    size=bigger.size,
-                    font=bigger.font,
-                    mono=bigger.mono,
-                    page=last.page,
-                )
-                continue
-        rows.append(line)
-    return rows
-
-
-@dataclass
-class Paragraph:
-    """Lines that belong together."""
-
-    page: int
-    lines: list[Line]
-
-    @property
-    def mono(self) -> bool:
-        """A listing, whose line breaks matter."""
-        return sum(line.mono for line in self.lines) * 2 > len(self.lines)
-
-
-def paragraphs_of(block: list[Line]) -> list[Paragraph]:
-    """Cut a block where the pitch, the size, the indent or the kind of font changes."""
-    if not block:
-        return []
-    gaps = sorted(b.y0 - a.y0 for a, b in pairwise(block) if b.y0 - a.y0 > 0.5 * a.size)
-    pitch = gaps[len(gaps) // 3] if gaps else block[0].size * 1.2
-    left = Counter(round(line.x0) for line in block).most_common(1)[0][0]
-    result = [Paragraph(block[0].page, [block[0]])]
-    for last, line in pairwise(block):
-        step = line.y0 - last.y0
-        indented = 0.8 * line.size < line.x0 - left < 4 * line.size and abs(last.x0 - left) < 0.5 * line.size
-        apart = step > 1.3 * pitch or line.y1 < last.y0
-        if line.mono and last.mono:
-            new = step > 1.6 * pitch
-        else:
-            new = apart or line.mono != last.mono or abs(line.size - last.size) > 0.12 * last.size or indented
-        broken_word = not line.mono and re.search(r"[^\W\d_]-$", last.text) and line.text[:1].islower() and not apart
-        if new and not broken_word and not (step < 0.6 * pitch and not apart):
-            result.append(Paragraph(line.page, [line]))
-        else:
-            result[-1].lines.append(line)
-    return result
-
-
-def paragraph_text(paragraph: Paragraph, words: Counter[str]) -> str:
-    """Text of a paragraph: listings keep their lines and indents, running text is joined over line ends and hyphens.
-
-    Args:
-        words: how often each word stands unbroken in the document; decides whether a hyphen at a line end is the word's own.
-    """
-    lines = paragraph.lines
-    if paragraph.mono:
-        left = min(line.x0 for line in lines)
-        widths = sorted(line.width / len(line.text) for line in lines)
-        character = max(widths[len(widths) // 2], 1.0)
-        return "\n".join(" " * round((line.x0 - left) / character) + line.text for line in lines)
-    return join_text([line.text for line in lines], words)
-
-
-def join_text(parts: list[str], words: Counter[str]) -> str:
-    """Join pieces of running text with spaces, or without where a word was broken."""
-    text = parts[0] if parts else ""
-    for part in parts[1:]:
-        broken = re.search(r"([^\W\d_]+)-$", text)
-        following = re.match(r"[^\W\d_]+", part)
-        if broken and following and following.group()[0].islower():
-            head, tail = broken.group(1).lower(), following.group().lower()
-            keeps = words[f"{head}-{tail}"] > words[head + tail]
-            text = (text if keeps else text[:-1]) + part
-        else:
-            text = f"{text} {part}" if text else part
-    return re.sub(r"\s+", " ", text).strip()
-
-
-def count_words(pages: list[Page]) -> Counter[str]:
-    """How often each word, hyphenated ones whole, stands inside a line."""
-    words: Counter[str] = Counter()
-    for page in pages:
-        for line in page.lines:
-            words.update(re.findall(r"[^\W\d_]+(?:-[^\W\d_]+)*(?!\w|-$)", line.text.lower()))
-    return words
-
-
-def goes_on(text: str, following: str) -> bool:
-    """Whether a paragraph that a column or page ends with goes on in the next one."""
-    return bool(text) and bool(following) and not text.rstrip().endswith(ENDS) and following[0].islower()

@@ -1,24 +1,34 @@
-"""Characters of a PDF page as lines with boxes, fonts and sizes. Needs pypdfium2 alone.
+"""Characters of a PDF page as lines with boxes, fonts and sizes. Needs pypdfium2 and numpy alone.
 
 Coordinates everywhere in the PDF stage: points (1/72 inch), origin at the top left of the visible page, y downwards, after the
 page's own rotation; a box is (x0, y0, x1, y1).
 """
 
 import ctypes
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import repeat
 
+import numpy as np
 import pypdfium2 as pdfium
 import pypdfium2.raw as raw
+from numpy.typing import NDArray
+
+from moexpand.data import pdf_native as native
+from moexpand.data.pdf_objects import Floats, Matrix, PageObjects, combine, page_matrix, transform_boxes
+from moexpand.data.pdf_visible import visible_characters
 
 Box = tuple[float, float, float, float]
 
-INVISIBLE = (raw.FPDF_TEXTRENDERMODE_INVISIBLE, raw.FPDF_TEXTRENDERMODE_CLIP)
-HYPHENS = "\xad\x02\ufffe"
-"""What PDFium gives for a hyphen at the end of a line."""
-LIGATURES = str.maketrans({0xFB00: "ff", 0xFB01: "fi", 0xFB02: "fl", 0xFB03: "ffi", 0xFB04: "ffl", 0xA0: " "})
+SHAPES = str.maketrans(
+    # What PDFium gives for a hyphen at the end of a line.
+    dict.fromkeys("\xad\x02\ufffe", "-") | {"\ufb00": "ff", "\ufb01": "fi", "\ufb02": "fl", "\ufb03": "ffi", "\ufb04": "ffl"}
+)
+UNSEEN = ((0x200B, 0x200F), (0x202A, 0x202E), (0x2060, 0x206F), (0xFE00, 0xFE0F), (0xFEFF, 0xFEFF), (0xE0000, 0xE0FFF))
+"""Code points without a shape: joiners, marks of direction, tags; text can be smuggled in them."""
 MONO_NAMES = ("mono", "courier", "typewriter", "cmtt", "cmsltt", "sftt", "sfst", "ectt", "lmtt", "consol", "inconsola", "txtt")
 FIXED_PITCH = 1
+MAX_CHARACTERS = 500_000
+"""Of a page."""
 
 
 @dataclass
@@ -35,6 +45,8 @@ class Line:
     font: str
     mono: bool
     page: int = 0
+    turn: int = 0
+    """Quarter turns counterclockwise from upright; an axis label that is read upwards has 1."""
 
     @property
     def box(self) -> Box:
@@ -52,129 +64,162 @@ class Line:
         return (self.y0 + self.y1) / 2
 
 
-@dataclass
-class _Run:
-    """A line while its characters are collected."""
+@dataclass(frozen=True)
+class _Font:
+    """How a text object is set."""
 
-    places: list[int] = field(default_factory=list)
-    """Numbers of the characters that are not spaces."""
-    characters: list[str] = field(default_factory=list)
-    x0: float = 1e9
-    x1: float = -1e9
-    tops: list[float] = field(default_factory=list)
-    bottoms: list[float] = field(default_factory=list)
-    end: float = 0.0
-
-    def height(self) -> tuple[float, float]:
-        """Median top and bottom: one tall sign of a mathematical font must not make the whole line tall."""
-        middle = len(self.tops) // 2
-        return sorted(self.tops)[middle], sorted(self.bottoms)[middle]
+    name: str
+    mono: bool
+    size: float
+    turn: int
+    slanted: bool
+    """Neither upright nor turned by quarters."""
 
 
-def page_transform(page: pdfium.PdfPage) -> tuple[Callable[[float, float, float, float], Box], float, float]:
-    """How to turn (left, bottom, right, top) of PDF space into a box, and the width and height of the page in points."""
-    left, bottom, right, top = page.get_cropbox()
-    rotation = page.get_rotation()
-    width, height = page.get_size()
-
-    def transform(x0: float, y0: float, x1: float, y1: float) -> Box:
-        if rotation == 90:
-            return (y0 - bottom, x0 - left, y1 - bottom, x1 - left)
-        if rotation == 180:
-            return (right - x1, y0 - bottom, right - x0, y1 - bottom)
-        if rotation == 270:
-            return (top - y1, right - x1, top - y0, right - x0)
-        return (x0 - left, top - y1, x1 - left, top - y0)
-
-    return transform, width, height
-
-
-def read_lines(page: pdfium.PdfPage, hidden: bool) -> list[Line]:
-    """All visible lines of a page, in the order of the content stream.
+def read_lines(page: pdfium.PdfPage, objects: PageObjects) -> list[Line]:
+    """All visible lines of an open page, in the order of the content stream.
 
     Args:
         page: an open page.
-        hidden: the page has text objects that are painted invisibly; their characters are left out.
+        objects: what `read_objects` found on it.
     """
-    transform, width, height = page_transform(page)
     text_page = page.get_textpage()
     try:
-        return _lines_of(text_page.raw, transform, width, height, hidden)
+        return _lines_of(
+            page, native.address(text_page.raw), min(raw.FPDFText_CountChars(text_page.raw), MAX_CHARACTERS), objects
+        )
     finally:
         text_page.close()
 
 
-def _lines_of(text_page: ctypes.c_void_p, transform: Callable[..., Box], width: float, height: float, hidden: bool) -> list[Line]:
-    rect = raw.FS_RECTF()
-    pointer = ctypes.byref(rect)
-    get_unicode, get_box = raw.FPDFText_GetUnicode, raw.FPDFText_GetLooseCharBox
-    lines: list[Line] = []
-    run: _Run | None = None
+def _lines_of(page: pdfium.PdfPage, text_page: int, count: int, objects: PageObjects) -> list[Line]:
+    matrix, width, height = page_matrix(page)
+    codes = _codes(text_page, count)
+    raw_boxes = np.zeros((count, 4), np.float32)
+    start = raw_boxes.ctypes.data
+    known = np.fromiter(
+        map(native.char_loose_box, repeat(text_page), range(count), range(start, start + 16 * count, 16)), bool, count
+    )
+    # PDFium's structure is (left, top, right, bottom).
+    boxes = transform_boxes(raw_boxes, matrix)
+    owners = np.fromiter(map(native.char_object, repeat(text_page), range(count)), np.uint64, count)
 
-    def close() -> None:
-        nonlocal run
-        if run is not None and (text := "".join(run.characters).strip()):
-            lines.append(_finish(text_page, run, text))
-        run = None
+    broken = (codes == 10) | (codes == 13)
+    space = (codes == 32) | (codes == 0xA0) | ((codes < 32) & (codes != 2) & ~broken) | ((codes >= 0x2000) & (codes <= 0x200A))
+    unseen = np.zeros(count, bool)
+    for first, last in UNSEEN:
+        unseen |= (codes >= first) & (codes <= last)
+    on_page = (boxes[:, 2] >= 0) & (boxes[:, 3] >= 0) & (boxes[:, 0] <= width) & (boxes[:, 1] <= height)
+    kept = np.flatnonzero(known & ~broken & ~space & ~unseen & on_page & (codes > 0))
+    if not len(kept):
+        return []
+    handles, first_of, owner = np.unique(owners[kept], return_index=True, return_inverse=True)
+    fonts = _fonts(text_page, [int(handle) for handle in handles], kept[first_of], matrix)
+    sizes = np.array([font.size for font in fonts])
+    visible = visible_characters(page, [int(handle) for handle in handles], owner, boxes[kept], sizes, objects)
+    kept, owner = kept[visible], owner[visible]
+    if not len(kept):
+        return []
 
-    for i in range(raw.FPDFText_CountChars(text_page)):
-        code = get_unicode(text_page, i)
-        if code in (10, 13):
-            close()
-            continue
-        if code == 0 or not get_box(text_page, i, pointer):
-            continue
-        if hidden and _is_invisible(text_page, i):
-            continue
-        x0, y0, x1, y1 = transform(rect.left, rect.bottom, rect.right, rect.top)
-        character = chr(code).translate(LIGATURES)
-        if character in HYPHENS:
-            character = "-"
-        if character == " ":
-            if run is not None and run.characters[-1] != " ":
-                run.characters.append(" ")
-            continue
-        if x1 < 0 or y1 < 0 or x0 > width or y0 > height:
-            continue
-        em = max(y1 - y0, 1.0)
-        if run is not None:
-            overlap = min(y1, run.bottoms[-1]) - max(y0, run.tops[-1])
-            if overlap < 0.25 * em or x0 - run.end > 1.8 * em or x0 < run.end - 1.5 * em:
-                close()
-        if run is None:
-            run = _Run()
-        run.places.append(i)
-        run.characters.append(character)
-        run.x0, run.x1 = min(run.x0, x0), max(run.x1, x1)
-        run.tops.append(y0)
-        run.bottoms.append(y1)
-        run.end = x1
-    close()
+    box = boxes[kept]
+    turns = np.array([font.turn for font in fonts])[owner]
+    along0, along1, across0, across1 = _along(box, turns)
+    em = np.maximum(across1 - across0, 1.0)[1:]
+    overlap = np.minimum(across1[1:], across1[:-1]) - np.maximum(across0[1:], across0[:-1])
+    line_breaks = np.cumsum(broken)[kept]
+    cut = (overlap < 0.25 * em) | (along0[1:] - along1[:-1] > 1.8 * em) | (along0[1:] < along1[:-1] - 1.5 * em)
+    cut |= (line_breaks[1:] != line_breaks[:-1]) | (turns[1:] != turns[:-1])
+    starts = np.concatenate([[0], np.flatnonzero(cut) + 1])
+    ends = np.append(starts[1:], len(kept))
+
+    spaces = np.cumsum(space)[kept]
+    spaced = np.concatenate([[False], spaces[1:] != spaces[:-1]])
+    whole, place = _string(codes[kept], spaced)
+    style_number, styles = _styles(fonts)
+    style_of = style_number[owner]
+    lows = np.minimum.reduceat(box[:, :2], starts, axis=0)
+    highs = np.maximum.reduceat(box[:, 2:], starts, axis=0)
+    lines = []
+    for i, (begin, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
+        text = whole[place[begin] : place[end - 1] + 1].translate(SHAPES)
+        style = styles[int(np.bincount(style_of[begin:end]).argmax())] if end - begin > 1 else styles[style_of[begin]]
+        x0, y0, x1, y1 = float(lows[i, 0]), float(lows[i, 1]), float(highs[i, 0]), float(highs[i, 1])
+        # Median top and bottom: one tall sign of a mathematical font must not make the whole line tall.
+        middle = (end - begin) // 2
+        if style.slanted:
+            pass
+        elif style.turn % 2:
+            x0, x1 = sorted(box[begin:end, 0].tolist())[middle], sorted(box[begin:end, 2].tolist())[middle]
+        else:
+            y0, y1 = sorted(box[begin:end, 1].tolist())[middle], sorted(box[begin:end, 3].tolist())[middle]
+        lines.append(Line(text, x0, y0, x1, y1, style.size, style.name, style.mono, turn=style.turn))
     return lines
 
 
-def _is_invisible(text_page: ctypes.c_void_p, character: int) -> bool:
-    owner = raw.FPDFText_GetTextObject(text_page, character)
-    return bool(owner) and raw.FPDFTextObj_GetTextRenderMode(owner) in INVISIBLE
+def _codes(text_page: int, count: int) -> NDArray[np.int64]:
+    """Code point of each character."""
+    units = np.zeros(count + 1, np.uint16)
+    written = native.chars_text(text_page, 0, count, units.ctypes.data)
+    codes = units[:count].astype(np.int64)
+    if written == count + 1 and not ((codes >= 0xD800) & (codes <= 0xDFFF)).any():
+        return codes
+    # Characters that PDFium leaves out of the text, or that take two units there.
+    return np.fromiter(map(native.char_unicode, repeat(text_page), range(count)), np.int64, count)
 
 
-def _finish(text_page: ctypes.c_void_p, run: _Run, text: str) -> Line:
-    """Font and size by vote of the first, the middle and the last character: one alone is too often a word in another font."""
-    places = (run.places[len(run.places) // 2], run.places[0], run.places[-1])
-    fonts = [_font(text_page, place) for place in places]
-    font, flags, size = max(fonts, key=fonts.count)
-    mono = bool(flags & FIXED_PITCH) or any(name in font.lower() for name in MONO_NAMES)
-    top, bottom = run.height()
-    return Line(text, run.x0, top, run.x1, bottom, size, font, mono)
+def _along(boxes: Floats, turns: NDArray[np.int64]) -> tuple[Floats, Floats, Floats, Floats]:
+    """Start and end of each character along its line, and its two sides across it, by quarter turn."""
+    x0, y0, x1, y1 = boxes.T
+    upright = turns % 2 == 0
+    start = np.choose(turns, [x0, -y1, -x1, y0])
+    end = np.choose(turns, [x1, -y0, -x0, y1])
+    return start, end, np.where(upright, y0, x0), np.where(upright, y1, x1)
 
 
-def _font(text_page: ctypes.c_void_p, place: int) -> tuple[str, int, float]:
-    """Name, descriptor flags and size in points (text matrix included) of a character's font."""
-    size = raw.FPDFText_GetFontSize(text_page, place)
-    matrix = raw.FS_MATRIX()
-    if raw.FPDFText_GetMatrix(text_page, place, ctypes.byref(matrix)):
-        size *= max((matrix.c**2 + matrix.d**2) ** 0.5, 1e-3)
+def _string(codes: NDArray[np.int64], spaced: NDArray[np.bool_]) -> tuple[str, list[int]]:
+    """All characters as one string with a space before each that has one, and where each character stands in it."""
+    codes = np.where((codes > 0x10FFFF) | ((codes >= 0xD800) & (codes <= 0xDFFF)), 0xFFFD, codes)
+    with_spaces = np.insert(codes, np.flatnonzero(spaced), 32)
+    place = np.arange(len(codes)) + np.cumsum(spaced)
+    return with_spaces.astype("<u4").tobytes().decode("utf-32-le"), place.tolist()
+
+
+def _styles(fonts: list[_Font]) -> tuple[NDArray[np.int64], list[_Font]]:
+    """Number of each object's font among the page's distinct ones."""
+    numbers: dict[_Font, int] = {}
+    of_object = np.array([numbers.setdefault(font, len(numbers)) for font in fonts], np.int64)
+    return of_object, list(numbers)
+
+
+def _fonts(text_page: int, handles: list[int], characters: NDArray[np.int64], page: Matrix) -> list[_Font]:
+    """Font of each text object, given one character of each."""
+    names: dict[int, tuple[str, bool]] = {}
+    fonts = []
+    values = (ctypes.c_float * 6)()
+    at = ctypes.addressof(values)
+    for handle, character in zip(handles, characters.tolist(), strict=True):
+        size = native.char_font_size(text_page, character)
+        turn, slanted = 0, False
+        if native.char_matrix(text_page, character, at):
+            a, b, c, d, _, _ = combine((values[0], values[1], values[2], values[3], 0.0, 0.0), page)
+            size *= max((c * c + d * d) ** 0.5, 1e-3)
+            # The page's y grows downwards, so a baseline that rises has a negative b.
+            slanted = min(abs(a), abs(b)) > 0.1 * max(abs(a), abs(b))
+            turn = (0 if a >= 0 else 2) if abs(a) >= abs(b) else (1 if b < 0 else 3)
+        font = native.text_font(handle) if handle else None
+        key = font or 0
+        if key not in names:
+            names[key] = _name(font) if font else ("", False)
+        name, mono = names[key]
+        fonts.append(_Font(name, mono, round(size * 2) / 2, turn, slanted))
+    return fonts
+
+
+def _name(font: int) -> tuple[str, bool]:
+    """Name of a font without the tag of its subset, and whether it is monospaced."""
     buffer = ctypes.create_string_buffer(128)
-    flags = ctypes.c_int()
-    raw.FPDFText_GetFontInfo(text_page, place, buffer, 128, ctypes.byref(flags))
-    return buffer.value.decode("utf-8", "replace").split("+")[-1], flags.value, round(size * 2) / 2
+    length = native.font_name(font, ctypes.addressof(buffer), 128)
+    text = buffer.value.decode("utf-8", "replace") if length <= 128 else ""
+    name = text.split("+")[-1]
+    mono = bool(max(native.font_flags(font), 0) & FIXED_PITCH) or any(part in name.lower() for part in MONO_NAMES)
+    return name, mono

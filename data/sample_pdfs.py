@@ -5,12 +5,13 @@ fetch; they are under licences (mostly the GPL) that keep them out of this repos
 needed: packages are downloaded into a temporary folder and unpacked there.
 """
 
+import gzip
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from moexpand.base.files import new_folder
@@ -60,6 +61,41 @@ def fetch_pdfs(folder: Path, say: Callable[[str], None]) -> list[Path]:
             for sample in sorted(SAMPLES.glob("*.pdf")):
                 shutil.copyfile(sample, building / sample.name)
     return sorted(folder.glob("*.pdf"))
+
+
+def fetch_documents(folder: Path, documents: Sequence[tuple[str | None, str]], say: Callable[[str], None]) -> list[Path]:
+    """Add single documents to a folder, each under its own file name, in place of an older one of that name.
+
+    Args:
+        folder: created where it is missing.
+        documents: (package, path in the package) of each; without a package the path's last part names a sample of this
+            repository. A path that ends in .gz is unpacked.
+        say: takes one line of progress at a time.
+
+    Returns:
+        The files written. Documents that could not be had are told of and left out.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    with tempfile.TemporaryDirectory() as scratch:
+        options: list[str] | None = None
+        for i, package in enumerate(sorted({package or "" for package, _ in documents})):
+            where = Path(scratch) / str(i)
+            where.mkdir()
+            if package and not _download(package, where, options or []) and options is None:
+                options = _private_lists(Path(scratch) / "apt")
+                _download(package, where, options)
+            for path in [path for owner, path in documents if (owner or "") == package]:
+                source = where / "root" / path if package else SAMPLES / Path(path).name
+                if not source.is_file():
+                    say(f"{package or 'samples'}: {path} is not available")
+                    continue
+                data = source.read_bytes()
+                target = folder / source.name.removesuffix(".gz")
+                target.write_bytes(gzip.decompress(data) if source.suffix == ".gz" else data)
+                written.append(target)
+    return written
 
 
 def _fetch_packages(folder: Path, say: Callable[[str], None]) -> int:

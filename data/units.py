@@ -153,7 +153,7 @@ def _read_pdf(file: SourceFile, records: Records, options: ReadOptions) -> str |
         records.add("text", text, {})
     for record in found:
         if record["kind"] != "text":
-            about = {key: record[key] for key in ("caption", "inner_text", "mentions")}
+            about = {key: record[key] for key in ("caption", "inner_text", "mentions") if record.get(key)}
             meta = {key: value for key, value in record.items() if key not in ("kind", "text", "image")}
             records.add(record["kind"], record["text"], meta, images={"png": record["image"]}, about=about)
     return None

@@ -28,7 +28,7 @@ def run(config: DataBuildCommand) -> None:
             tokenizer=config.tokenizer,
             sample_characters=config.sample_characters,
             text_key=config.text_key,
-            pdf=PdfLimits(config.image_dpi, filters.min_figure_points),
+            pdf=PdfLimits(config.image_dpi, filters.min_figure_points, config.equations),
             chat=ChatSettings(chat.enable_thinking, chat.history, chat.date),
             chat_template=chat.template,
             templates=_templates(config.templates),

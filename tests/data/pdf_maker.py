@@ -1,16 +1,37 @@
 """Small PDFs written by hand, so that tests know exactly what is on each page; coordinates are PDF's, from the bottom left."""
 
 import zlib
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 TIMES, HELVETICA, COURIER = "F1", "F2", "F3"
 
 
-def text(x: float, y: float, line: str, font: str = TIMES, size: float = 10, mode: int = 0) -> str:
-    """A line of text as page content; mode 3 paints nothing."""
+@dataclass(frozen=True)
+class Form:
+    """A Form XObject; draw it with `place`."""
+
+    content: str
+    box: tuple[float, float, float, float] = (0, 0, 595, 842)
+    """Clips what is drawn."""
+    matrix: tuple[float, ...] = (1, 0, 0, 1, 0, 0)
+    layer_off: bool = False
+    """Belongs to an optional-content group that is switched off."""
+
+
+def place(
+    name: str, matrix: tuple[float, ...] = (1, 0, 0, 1, 0, 0), clip: tuple[float, float, float, float] | None = None
+) -> str:
+    """Draw a form, cut to a rectangle (x, y, width, height) if one is given."""
+    cut = f"{' '.join(map(str, clip))} re W n " if clip else ""
+    return f"q {cut}{' '.join(map(str, matrix))} cm /{name} Do Q\n"
+
+
+def text(x: float, y: float, line: str, font: str = TIMES, size: float = 10, mode: int = 0, gray: float = 0) -> str:
+    """A line of text as page content; mode 3 paints nothing, gray 1 is white."""
     escaped = line.replace("\\", r"\\").replace("(", r"\(").replace(")", r"\)")
-    return f"BT {mode} Tr /{font} {size} Tf {x} {y} Td ({escaped}) Tj ET\n"
+    return f"BT {gray} g {mode} Tr /{font} {size} Tf {x} {y} Td ({escaped}) Tj 0 g ET\n"
 
 
 def paragraph(x: float, y: float, lines: list[str], size: float = 10) -> str:
@@ -35,22 +56,47 @@ def _pack(content: str) -> bytes:
     return zlib.compress(content.encode("latin-1"))
 
 
-def write_pdf(path: Path, pages: list[str], media: tuple[float, float] = (595, 842), encrypt: bool = False) -> Path:
-    """Write pages of content as a PDF with three standard fonts."""
+def write_pdf(
+    path: Path,
+    pages: list[str],
+    media: tuple[float, float] = (595, 842),
+    encrypt: bool = False,
+    forms: dict[str, Form] | None = None,
+    rotate: int = 0,
+) -> Path:
+    """Write pages of content as a PDF with three standard fonts and, for /Layer, a group that is switched off."""
     objects: list[bytes] = []
+    forms = forms or {}
     kids = " ".join(f"{6 + 2 * i} 0 R" for i in range(len(pages)))
-    objects.append(b"<< /Type /Catalog /Pages 2 0 R >>")
+    first_form = 6 + 2 * len(pages)
+    layer = first_form + len(forms)
+    named = " ".join(f"/{name} {first_form + i} 0 R" for i, name in enumerate(forms))
+    resources = (
+        f"/Resources << /Font << /F1 3 0 R /F2 4 0 R /F3 5 0 R >> /XObject << {named} >> /Properties << /Layer {layer} 0 R >> >>"
+    )
+    objects.append(
+        f"<< /Type /Catalog /Pages 2 0 R /OCProperties << /OCGs [{layer} 0 R] /D << /OFF [{layer} 0 R] >> >> >>".encode()
+    )
     objects.append(f"<< /Type /Pages /Kids [{kids}] /Count {len(pages)} >>".encode())
     for name in ("Times-Roman", "Helvetica", "Courier"):
         objects.append(f"<< /Type /Font /Subtype /Type1 /BaseFont /{name} >>".encode())
     for i, content in enumerate(pages):
         packed = _pack(content)
         objects.append(
-            f"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 {media[0]} {media[1]}] /Contents {7 + 2 * i} 0 R"
-            " /Resources << /Font << /F1 3 0 R /F2 4 0 R /F3 5 0 R >> >> >>".encode()
+            f"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 {media[0]} {media[1]}] /Rotate {rotate} /Contents {7 + 2 * i} 0 R"
+            f" {resources} >>".encode()
         )
         head = f"<< /Length {len(packed)} /Filter /FlateDecode >>".encode()
         objects.append(head + b"\nstream\n" + packed + b"\nendstream")
+    for form in forms.values():
+        packed = _pack(form.content)
+        off = f" /OC {layer} 0 R" if form.layer_off else ""
+        head = (
+            f"<< /Type /XObject /Subtype /Form /BBox [{' '.join(map(str, form.box))}] /Matrix [{' '.join(map(str, form.matrix))}]"
+            f" {resources}{off} /Length {len(packed)} /Filter /FlateDecode >>"
+        )
+        objects.append(head.encode() + b"\nstream\n" + packed + b"\nendstream")
+    objects.append(b"<< /Type /OCG /Name (layer) >>")
     if encrypt:
         secret = "<" + "41" * 32 + ">"
         objects.append(f"<< /Filter /Standard /V 1 /R 2 /O {secret} /U {secret} /P -4 >>".encode())

@@ -112,6 +112,7 @@ def test_the_sheet_shows_every_picture_with_its_text(undisturbed, tmp_path):
         write_sheet(str(undisturbed[0]), tmp_path / "nowhere" / "sheet.html", 1)
 
 
+@pytest.mark.faults
 def test_a_build_killed_ten_times_gives_the_bytes_of_an_undisturbed_one(undisturbed, sources, tmp_path):
     (tmp_path / "templates.json").write_text(json.dumps(TEMPLATES), encoding="utf-8")
     command = [

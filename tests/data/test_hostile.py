@@ -48,8 +48,8 @@ def test_jobs_that_hang_devour_memory_or_die_are_reported_and_others_finish(tmp_
     assert dict(run_jobs(write, [(str(out),)], 2, 60.0)) == {0: None}
     assert out.read_text() == "done"
     started = time.monotonic()
-    assert dict(run_jobs(hang, [(600.0,), (0.0,)], 2, 3.0)) == {0: "time_limit", 1: None}
-    assert time.monotonic() - started < 20
+    assert dict(run_jobs(hang, [(600.0,), (0.0,)], 2, 12.0)) == {0: "time_limit", 1: None}
+    assert time.monotonic() - started < 60
     assert dict(run_jobs(devour, [()], 1, 30.0)) == {0: "memory_limit"}
     assert dict(run_jobs(die, [()], 1, 30.0)) == {0: "crashed"}
     assert dict(run_jobs(fail, [()], 1, 30.0)) == {0: "crashed"}

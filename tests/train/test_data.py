@@ -56,6 +56,7 @@ def test_a_mixture_trains_the_same_whether_it_is_read_ahead_or_not(mixture: Path
     assert last["epoch/tars"] > last["epoch/shards"] > 0
 
 
+@pytest.mark.faults
 def test_a_killed_run_goes_on_with_the_batches_of_the_undisturbed_one(shards: Path, straight: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = start(*settings(shards, run, data__workers=1))

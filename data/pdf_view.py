@@ -1,0 +1,302 @@
+"""One page as the search for figures sees it: drawings, rules, frames, and which lines are walls that no figure crosses."""
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moexpand.data.pdf_captions import Caption, union
+from moexpand.data.pdf_layout import Page, Style
+from moexpand.data.pdf_text import Box, Line
+
+Boxes = NDArray[np.float64]
+
+CELL = 6.0
+"""Points of the grid in which drawings that touch are joined."""
+NEAR = 4.0
+"""Points between drawings that still belong together."""
+RULE = 2.5
+"""Height in points up to which a drawing is a horizontal rule."""
+
+WORD = re.compile(r"[^\W\d_]{2,}[,;:.)]?$")
+
+
+def is_prose(text: str) -> bool:
+    """Five words and more, most of them of letters: even an indented line of these begins or ends a paragraph."""
+    tokens = text.split()
+    words = sum(WORD.match(token.lstrip("(")) is not None for token in tokens)
+    return len(tokens) >= 5 and words >= 0.6 * len(tokens)
+
+
+@dataclass
+class PageView:
+    """A page with captions, prepared."""
+
+    page: Page
+    style: Style
+    split: float | None
+    captions: list[Caption]
+    lines: list[Line] = field(default_factory=list)
+    """All but those of captions."""
+    boxes: Boxes = field(default_factory=lambda: np.empty((0, 4)))
+    """Drawings, [G, 4], without backgrounds of the page."""
+    rules: list[Box] = field(default_factory=list)
+    """Horizontal rules, pieces on one height joined, from top to bottom."""
+    clusters: list[Box] = field(default_factory=list)
+    """Boxes around drawings that touch."""
+    frames: list[Box] = field(default_factory=list)
+    """Frames and shades with nothing but text in them."""
+    walls: list[Line] = field(default_factory=list)
+    """Running text, listings and headings."""
+
+    def __post_init__(self) -> None:
+        page = self.page
+        taken = {id(line) for caption in self.captions for line in caption.lines}
+        self.lines = [line for line in page.lines if id(line) not in taken]
+        boxes = np.array(page.graphics, np.float64).reshape(-1, 4)
+        area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+        self.boxes = boxes[area < 0.8 * page.width * page.height]
+        self.rules = join_rules(self.boxes)
+        self.clusters = cluster(self.boxes)
+        paragraphs = _paragraph_lines([line for line in self.lines if self._is_wide(line)])
+        body = [line for line in self.lines if id(line) in paragraphs or self._is_body(line)]
+        body += self._last_lines(body)
+        self.frames = self._text_frames()
+        self.walls = [line for line in body if not self._is_label(line, body)] + self._footnotes()
+
+    def column(self, line: Line) -> tuple[float, float]:
+        """Left and right end of the column of text that a line stands in."""
+        if self.split is None or (line.x0 < self.split - 6 and line.x1 > self.split + 6):
+            return (0.0, self.page.width)
+        return (0.0, self.split) if (line.x0 + line.x1) / 2 < self.split else (self.split, self.page.width)
+
+    def _is_body(self, line: Line) -> bool:
+        """A line of running text, of a listing or a heading: wide, or at the left edge of its column."""
+        style = self.style
+        if line.turn:
+            return False
+        left, right = self.margins(self.column(line))
+        at_left = abs(line.x0 - left) < 3
+        if at_left and line.size >= style.body_size + 0.9 and len(line.text) > 3 and line.text[:1].isalnum():
+            return True
+        if line.font not in style.body_fonts or line.size < 0.7 * style.body_size:
+            return False
+        if not line.mono and abs(line.size - style.body_size) > 0.6:
+            return False
+        width, indent = right - left, line.x0 - left
+        if line.width > 0.55 * width and indent < 0.2 * width:
+            return True
+        if not line.mono and -3 < indent < 4 * line.size and is_prose(line.text) and line.width > 0.2 * width:
+            return True
+        return at_left and (line.mono or len(line.text) > 8)
+
+    def _is_wide(self, line: Line) -> bool:
+        """In the size of running text, or as wide as it: notes of tables are smaller and narrower."""
+        left, right = self.margins(self.column(line))
+        return line.size > self.style.body_size - 0.4 or line.width > 0.8 * (right - left)
+
+    def _last_lines(self, body: list[Line]) -> list[Line]:
+        """Lines of any length that follow a wide line of text at its pitch, in its font, at its left edge."""
+        known = {id(line) for line in body}
+        wide = []
+        for line in body:
+            left, right = self.margins(self.column(line))
+            if line.width > 0.7 * (right - left) and not line.mono and is_prose(line.text):
+                wide.append(line)
+        return [
+            line
+            for line in self.lines
+            if id(line) not in known
+            and any(
+                0.8 * line.size < line.y0 - other.y0 < 1.4 * line.size
+                and abs(line.x0 - other.x0) < 2
+                and line.font == other.font
+                and abs(line.size - other.size) < 0.3
+                for other in wide
+            )
+        ]
+
+    def margins(self, column: tuple[float, float]) -> tuple[float, float]:
+        """Where the text of a column begins and ends."""
+        known = self._known_margins.get(column)
+        if known is None:
+            inside = [line for line in self.page.lines if column[0] - 2 <= line.x0 and line.x1 <= column[1] + 2 and not line.turn]
+            starts = Counter(round(line.x0) for line in inside if line.font in self.style.body_fonts)
+            left: float | None = min((x for x, count in starts.items() if count >= 3), default=None)
+            usual = self.style.margins.get((self._side(column), self.page.number % 2))
+            if usual is not None and (left is None or left > usual[0]):
+                left = usual[0]
+            if left is None:
+                left = min((line.x0 for line in inside), default=column[0])
+            right = max([line.x1 for line in inside] + ([usual[1]] if usual else []), default=column[1])
+            known = (float(left), right)
+            self._known_margins[column] = known
+        return known
+
+    _known_margins: dict[tuple[float, float], tuple[float, float]] = field(default_factory=dict)
+
+    def _side(self, column: tuple[float, float]) -> str:
+        if column == (0.0, self.page.width):
+            return "page"
+        return "left" if column[0] == 0.0 else "right"
+
+    def _text_frames(self) -> list[Box]:
+        """Boxes that hold lines of text and hardly any drawing."""
+        boxes = self.boxes
+        big = boxes[(boxes[:, 3] - boxes[:, 1] > 2.2 * self.style.body_size) & (boxes[:, 2] - boxes[:, 0] > 60)]
+        frames: list[Box] = []
+        fonts = self.style.body_fonts
+        set_in_text = [line for line in self.lines if (line.mono or line.font in fonts) and not line.turn]
+        pieces = np.array(framed_by_lines(boxes, self.rules)).reshape(-1, 4)
+        big = np.concatenate([big, pieces])
+        small = (boxes[:, 3] - boxes[:, 1] > RULE) & (boxes[:, 2] - boxes[:, 0] > RULE)
+        for x0, y0, x1, y1 in np.unique(big, axis=0).tolist():
+            held = [line for line in set_in_text if inside(line.box, (x0, y0, x1, y1), 2.0)]
+            if not held:
+                continue
+            within = (boxes[:, 0] > x0 + 1) & (boxes[:, 1] > y0 + 1) & (boxes[:, 2] < x1 - 1) & (boxes[:, 3] < y1 - 1) & small
+            filled = sum(line.y1 - line.y0 for line in held)
+            if within.sum() <= max(2, len(held) // 2) and filled > 0.35 * (y1 - y0):
+                frames.append((x0, y0, x1, y1))
+        return frames
+
+    def _footnotes(self) -> list[Line]:
+        """Small lines under a short rule at the left end of a column."""
+        notes: list[Line] = []
+        size = self.style.body_size
+        for rule in self.rules:
+            first = Line("", rule[0], rule[1], rule[2], rule[3], size, "", False)
+            left, right = self.margins(self.column(first))
+            if abs(rule[0] - left) > 6 or not 0.12 < (rule[2] - rule[0]) / max(right - left, 1.0) < 0.5:
+                continue
+            below = [
+                line
+                for line in self.lines
+                if line.y1 > rule[3] and line.size < size - 0.4 and left - 6 < line.x0 < right and not line.turn
+            ]
+            edge = rule[3]
+            found: list[Line] = []
+            for line in sorted(below, key=lambda line: line.y0):
+                if line.y0 - edge > 0.8 * size:
+                    break
+                found.append(line)
+                edge = max(edge, line.y1)
+            # The mark and the text start at the margin; a table under its rule starts there, too, but has a second rule.
+            closed = any(
+                other[1] > rule[3] + 2 and abs(other[0] - rule[0]) < 4 and abs(other[2] - rule[2]) < 4 for other in self.rules
+            )
+            # Notes of a table stand between it and its caption.
+            captioned = any(0 < caption.box[1] - edge < 2.5 * size and caption.box[0] < right for caption in self.captions)
+            if found and not captioned and found[0].x0 - left < 3 * size and not closed:
+                notes += found
+        return notes
+
+    def _is_label(self, line: Line, body: list[Line]) -> bool:
+        """A line that looks like text but stands alone inside a drawing."""
+        if any(inside(line.box, frame, 2.0) for frame in self.frames):
+            return False
+        around = [box for box in self.clusters if inside(line.box, box, 1.0) and box[3] - box[1] > 4 * line.size]
+        if not around:
+            return False
+        neighbours = [
+            other
+            for other in body
+            if other is not line
+            and abs(other.x0 - line.x0) < 2
+            and 0 < abs(other.y0 - line.y0) < 1.6 * line.size
+            and min(other.width, line.width) > 0.5 * max(other.width, line.width)
+        ]
+        return len(neighbours) < 2 or line.width < 0.5 * (around[0][2] - around[0][0])
+
+
+def _paragraph_lines(lines: list[Line]) -> set[int]:
+    """Ids of lines of prose in any font that stand in threes at one pitch and one left edge, such as items of lists."""
+    long = [line for line in lines if not line.turn and not line.mono and len(line.text) >= 40 and is_prose(line.text)]
+    found = set()
+    for line in long:
+        near = sum(
+            0 < abs(other.y0 - line.y0) < 2.8 * line.size and abs(other.x0 - line.x0) < 2 and abs(other.size - line.size) < 0.3
+            for other in long
+        )
+        if near >= 2:
+            found.add(id(line))
+    return found
+
+
+def inside(box: Box, frame: Box, slack: float) -> bool:
+    """The box lies in the frame."""
+    return box[0] > frame[0] - slack and box[1] > frame[1] - slack and box[2] < frame[2] + slack and box[3] < frame[3] + slack
+
+
+def area(box: Box) -> float:
+    """Square points."""
+    return max(box[2] - box[0], 0.0) * max(box[3] - box[1], 0.0)
+
+
+def overlap(one: Box, other: Box) -> float:
+    """Square points that two boxes share."""
+    return area((max(one[0], other[0]), max(one[1], other[1]), min(one[2], other[2]), min(one[3], other[3])))
+
+
+def join_rules(boxes: Boxes) -> list[Box]:
+    """Horizontal rules at least 40 points long, from pieces on one height that touch or nearly do."""
+    thin = boxes[(boxes[:, 3] - boxes[:, 1] < RULE) & (boxes[:, 2] - boxes[:, 0] > 4)]
+    rules: list[list[float]] = []
+    for x0, y0, x1, y1 in sorted(thin.tolist(), key=lambda b: (round((b[1] + b[3]) / 2), b[0])):
+        last = rules[-1] if rules else None
+        if last is not None and abs((last[1] + last[3]) - (y0 + y1)) < 2.0 and x0 - last[2] < 8:
+            last[1], last[2], last[3] = min(last[1], y0), max(last[2], x1), max(last[3], y1)
+        else:
+            rules.append([x0, y0, x1, y1])
+    found = [(r[0], r[1], r[2], r[3]) for r in rules if r[2] - r[0] > 40]
+    return sorted(found, key=lambda r: (r[1], r[0]))
+
+
+def framed_by_lines(boxes: Boxes, rules: list[Box]) -> list[Box]:
+    """Frames drawn piece by piece: two rules of one width with lines between their ends."""
+    upright = boxes[(boxes[:, 2] - boxes[:, 0] < RULE) & (boxes[:, 3] - boxes[:, 1] > 4)]
+    if not len(upright) or len(rules) < 2:
+        return []
+    # With the axes swapped, vertical lines are rules.
+    lines = [(y0, x0, y1, x1) for x0, y0, x1, y1 in join_rules(upright[:, [1, 0, 3, 2]])]
+    frames = []
+    for i, top in enumerate(rules):
+        for bottom in rules[i + 1 : i + 40]:
+            if abs(top[0] - bottom[0]) > 3 or abs(top[2] - bottom[2]) > 3:
+                continue
+            sides = [
+                any(abs((line[0] + line[2]) / 2 - x) < 3 and line[1] < top[3] + 6 and line[3] > bottom[1] - 6 for line in lines)
+                for x in (top[0], top[2])
+            ]
+            if all(sides):
+                frames.append((top[0], top[1], top[2], bottom[3]))
+    return frames
+
+
+def cluster(boxes: Boxes) -> list[Box]:
+    """Boxes around drawings that touch or nearly do; long rules alone make none."""
+    drawn = boxes[(boxes[:, 3] - boxes[:, 1] > RULE) | (boxes[:, 2] - boxes[:, 0] < 60)]
+    cells = np.concatenate([np.floor((drawn[:, :2] - NEAR / 2) / CELL), np.ceil((drawn[:, 2:] + NEAR / 2) / CELL)], axis=1)
+    # Many small marks fall on few cells; large boxes first, so that they swallow the small ones.
+    cells = np.unique(cells, axis=0)
+    cells = cells[np.argsort(-(cells[:, 2] - cells[:, 0]) * (cells[:, 3] - cells[:, 1]), kind="stable")]
+    hulls = [tuple(cell) for cell in cells.tolist()]
+    while True:
+        merged: list[Box] = []
+        for x0, y0, x1, y1 in hulls:
+            apart = []
+            for hull in merged:
+                if hull[0] < x1 and x0 < hull[2] and hull[1] < y1 and y0 < hull[3]:
+                    x0, y0, x1, y1 = min(x0, hull[0]), min(y0, hull[1]), max(x1, hull[2]), max(y1, hull[3])
+                else:
+                    apart.append(hull)
+            merged = [*apart, (x0, y0, x1, y1)]
+        if len(merged) == len(hulls):
+            half = NEAR / 2
+            return [(x0 * CELL + half, y0 * CELL + half, x1 * CELL - half, y1 * CELL - half) for x0, y0, x1, y1 in merged]
+        hulls = merged
+
+
+__all__ = ["Boxes", "PageView", "area", "inside", "join_rules", "overlap", "union"]
