@@ -8,6 +8,7 @@ window.
 import hashlib
 import io
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -109,8 +110,7 @@ class PackSequence:
 
     def locate(self, pack: int) -> tuple[int, int, int]:
         """(epoch, window, pack of the window) of a pack of the sequence."""
-        while self._before[-1] <= pack:
-            self._count_a_window()
+        self._count_until(lambda: self._before[-1] > pack)
         number = int(np.searchsorted(self._before, pack, side="right")) - 1
         epoch, window = divmod(number, self._order.windows)
         return epoch, window, pack - int(self._before[number])
@@ -145,9 +145,15 @@ class PackSequence:
     def packs_of_epoch(self, epoch: int) -> int:
         """How many packs an epoch has; epochs may differ by a few."""
         last = (epoch + 1) * self._order.windows
-        while len(self._packs) < last:
-            self._count_a_window()
+        self._count_until(lambda: len(self._packs) >= last)
         return int(self._before[last] - self._before[last - self._order.windows])
+
+    def _count_until(self, done: Callable[[], bool]) -> None:
+        known = len(self._packs)
+        while not done():
+            self._count_a_window()
+        if len(self._packs) > known:
+            self._write()
 
     def _count_a_window(self) -> None:
         epoch, window = divmod(len(self._packs), self._order.windows)
@@ -155,7 +161,6 @@ class PackSequence:
         packs = count_packs(self._lengths[samples], self._seq_length)
         self._packs = np.append(self._packs, packs)
         self._before = np.append(self._before, self._before[-1] + packs)
-        self._write()
 
     def _read(self) -> np.ndarray:
         """Counts of an earlier run; a damaged file counts for nothing."""
