@@ -108,8 +108,8 @@ def main(arguments: list[str]) -> None:
     sums = {name: [sum(times) for times in zip(*seconds[name].values(), strict=True)] for name in runs}
     print(f"all, {total} pages")
     for name in runs:
-        faster = statistics.median(sums[name]) / statistics.median(sums[OURS])
-        print(f"    {name:20}{report(total, sums[name])}   ours takes 1/{faster:.1f} of its time")
+        times = statistics.median(sums[name]) / statistics.median(sums[OURS])
+        print(f"    {name:20}{report(total, sums[name])}" + ("" if name == OURS else f"   {times:.1f} times our time"))
 
 
 if __name__ == "__main__":

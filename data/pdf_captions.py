@@ -13,6 +13,7 @@ from moexpand.data.pdf_text import Box, Line
 NUMBER = r"(?:[A-Z][.\-]?)?\d+(?:[.\-\u2013]\d+)*|[IVXL]+(?![a-z])"
 WORD = r"(?:(?:supplementary|supplemental|extended data)\s+)?(fig(?:ure|\.)?|scheme|tab(?:le|\.)?)"
 CAPTION = re.compile(rf"^{WORD}\s*({NUMBER})\s*([:.|\u2014\u2013]?)(?=\s|$)", re.I)
+BARE = re.compile(rf"^{WORD}\s*(?:{NUMBER})$", re.I)
 ENTRY = re.compile(r"(?:\.\s?){4,}\s*\d+$")
 """How a line of a list of figures ends."""
 CONTINUED = re.compile(r"\(?\b(?:continued|cont\.|cont'd)", re.I)
@@ -88,6 +89,8 @@ def find_captions(pages: list[Page], columns: dict[int, float | None], style: St
             if candidate.style[0] == mark and key not in taken:
                 taken.add(key)
                 lines = caption_lines(candidate.page, candidate.place, columns[candidate.page.number])
+                if not mark and len(" ".join(one.text for one in lines)) < len(line.text) + 3 and BARE.search(line.text):
+                    continue
                 captions.append(Caption(kind, candidate.number, candidate.page.number, lines, union([one.box for one in lines])))
     return sorted(captions, key=lambda caption: (caption.page, caption.box[1], caption.box[0]))
 
@@ -99,11 +102,10 @@ def _candidates(page: Page, style: Style) -> list[_Candidate]:
         if match is None or line.turn or ENTRY.search(_row_text(page, line)) or _continues_text(page, line):
             continue
         word, number, mark = match.groups()
-        bare = not mark and len(line.text) > match.end()
-        if bare and line.font in style.body_fonts:
-            # Without a mark or a font of its own it is a sentence, unless it stands alone.
+        if not mark:
+            # Without a mark it is a sentence, or a label in a drawing, unless a title follows.
             following = line.text[match.end() :].split()
-            if following and following[0][:1].islower():
+            if following and (following[0][:1].islower() or (line.font in style.body_fonts and not following[0][:1].isupper())):
                 continue
         if number.isalpha() and not number.isupper():
             continue

@@ -82,10 +82,39 @@ def _choose(captions: list[Caption], options: dict[int, tuple[_Region | None, _R
 
 
 def _candidates(caption: Caption, view: PageView) -> tuple[_Region | None, _Region | None]:
-    """The regions above and below a caption that could be its own."""
+    """The regions above and below a caption that could be its own; one beside it stands for both."""
     column = _column(caption, view)
     find = _table_region if caption.kind == "table" else _figure_region
-    return find(caption, view, column, True), find(caption, view, column, False)
+    above, below = find(caption, view, column, True), find(caption, view, column, False)
+    beside = _beside(caption, view, column)
+    if beside is not None and all(one is None or overlap(one.box, beside.box) > 0.3 * area(one.box) for one in (above, below)):
+        return beside, None
+    return above, below
+
+
+def _beside(caption: Caption, view: PageView, column: tuple[float, float]) -> _Region | None:
+    """A drawing left or right of a caption, as high as it or higher."""
+    x0, y0, x1, y1 = caption.box
+    found: Box | None = None
+    for box in view.clusters:
+        shared = min(box[3], y1) - max(box[1], y0)
+        apart = max(x0 - box[2], box[0] - x1)
+        if (
+            not column[0] < (box[0] + box[2]) / 2 < column[1]
+            or not 0 < apart < 0.25 * view.page.width
+            or shared < 0.6 * (y1 - y0)
+        ):
+            continue
+        if min(box[2] - box[0], box[3] - box[1]) > 36 and (found is None or area(box) > area(found)):
+            found = box
+    if found is None:
+        return None
+    # Clusters are known to a few points; their drawings exactly.
+    own = view.boxes[(view.boxes[:, :2] >= found[:2]).all(axis=1) & (view.boxes[:, 2:] <= found[2:]).all(axis=1)]
+    (left, top), (right, bottom) = own[:, :2].min(axis=0).tolist(), own[:, 2:].max(axis=0).tolist()
+    found = (left, top, right, bottom)
+    band = (column[0], found[1] - 12, x0, found[3] + 12) if found[0] < x0 else (x1, found[1] - 12, column[1], found[3] + 12)
+    return _Region(_clip(_with_labels(found, band, view), band), 1.0, 0.0)
 
 
 def _column(caption: Caption, view: PageView) -> tuple[float, float]:

@@ -114,6 +114,9 @@ def _lines_of(page: pdfium.PdfPage, text_page: int, count: int, objects: PageObj
     if not len(kept):
         return []
     handles, first_of, owner = np.unique(owners[kept], return_index=True, return_inverse=True)
+    # In the order of the page: addresses differ from run to run, and nothing may depend on them.
+    order = np.argsort(first_of)
+    handles, first_of, owner = handles[order], first_of[order], np.argsort(order)[owner]
     fonts = _fonts(text_page, [int(handle) for handle in handles], kept[first_of], matrix)
     sizes = np.array([font.size for font in fonts])
     visible = visible_characters(page, [int(handle) for handle in handles], owner, boxes[kept], sizes, objects)
@@ -159,12 +162,16 @@ def _lines_of(page: pdfium.PdfPage, text_page: int, count: int, objects: PageObj
 def _codes(text_page: int, count: int) -> NDArray[np.int64]:
     """Code point of each character."""
     units = np.zeros(count + 1, np.uint16)
-    written = native.chars_text(text_page, 0, count, units.ctypes.data)
-    codes = units[:count].astype(np.int64)
-    if written == count + 1 and not ((codes >= 0xD800) & (codes <= 0xDFFF)).any():
-        return codes
-    # Characters that PDFium leaves out of the text, or that take two units there.
-    return np.fromiter(map(native.char_unicode, repeat(text_page), range(count)), np.int64, count)
+    if native.chars_text(text_page, 0, count, units.ctypes.data) == count + 1:
+        codes = units[:count].astype(np.int64)
+    else:
+        # Characters that PDFium leaves out of the text, or that take two units there.
+        codes = np.fromiter(map(native.char_unicode, repeat(text_page), range(count)), np.int64, count)
+    # Halves of a code point above 0xFFFF come as two characters in one place.
+    first = np.flatnonzero((codes[:-1] >> 10 == 0xD800 >> 10) & (codes[1:] >> 10 == 0xDC00 >> 10))
+    codes[first] = 0x10000 + ((codes[first] & 0x3FF) << 10) + (codes[first + 1] & 0x3FF)
+    codes[first + 1] = 0
+    return codes
 
 
 def _along(boxes: Floats, turns: NDArray[np.int64]) -> tuple[Floats, Floats, Floats, Floats]:

@@ -63,17 +63,20 @@ def write_pdf(
     encrypt: bool = False,
     forms: dict[str, Form] | None = None,
     rotate: int = 0,
+    unicode_map: dict[str, int] | None = None,
 ) -> Path:
-    """Write pages of content as a PDF with three standard fonts and, for /Layer, a group that is switched off."""
+    """Write pages of content as a PDF with three standard fonts and, for /Layer, a group that is switched off.
+
+    F4 is Times with letters that stand for other code points, those of `unicode_map`.
+    """
     objects: list[bytes] = []
     forms = forms or {}
     kids = " ".join(f"{6 + 2 * i} 0 R" for i in range(len(pages)))
     first_form = 6 + 2 * len(pages)
     layer = first_form + len(forms)
     named = " ".join(f"/{name} {first_form + i} 0 R" for i, name in enumerate(forms))
-    resources = (
-        f"/Resources << /Font << /F1 3 0 R /F2 4 0 R /F3 5 0 R >> /XObject << {named} >> /Properties << /Layer {layer} 0 R >> >>"
-    )
+    fonts = f"/F1 3 0 R /F2 4 0 R /F3 5 0 R /F4 {layer + 1} 0 R"
+    resources = f"/Resources << /Font << {fonts} >> /XObject << {named} >> /Properties << /Layer {layer} 0 R >> >>"
     objects.append(
         f"<< /Type /Catalog /Pages 2 0 R /OCProperties << /OCGs [{layer} 0 R] /D << /OFF [{layer} 0 R] >> >> >>".encode()
     )
@@ -97,6 +100,13 @@ def write_pdf(
         )
         objects.append(head.encode() + b"\nstream\n" + packed + b"\nendstream")
     objects.append(b"<< /Type /OCG /Name (layer) >>")
+    objects.append(f"<< /Type /Font /Subtype /Type1 /BaseFont /Times-Roman /ToUnicode {layer + 2} 0 R >>".encode())
+    codes = {code: code for code in range(32, 127)} | {ord(letter): code for letter, code in (unicode_map or {}).items()}
+    lines = "".join(f"<{code:02x}> <{chr(to).encode('utf-16-be').hex()}>\n" for code, to in codes.items())
+    cmap = (
+        f"begincmap 1 begincodespacerange <00> <ff> endcodespacerange {len(codes)} beginbfchar\n{lines}endbfchar endcmap".encode()
+    )
+    objects.append(f"<< /Length {len(cmap)} >>".encode() + b"\nstream\n" + cmap + b"\nendstream")
     if encrypt:
         secret = "<" + "41" * 32 + ">"
         objects.append(f"<< /Filter /Standard /V 1 /R 2 /O {secret} /U {secret} /P -4 >>".encode())

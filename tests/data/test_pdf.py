@@ -1,31 +1,16 @@
 """Text in reading order and figures by their captions, on pages whose content the tests wrote themselves."""
 
-import json
-from pathlib import Path
+import os
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
 
-from moexpand.data.pdf import COUNTS, RECORDS, PdfLimits, extract_pdf
+from moexpand.data.pdf import PdfLimits
 from moexpand.data.sample_pdfs import SAMPLES
 from tests.data.pdf_maker import COURIER, HELVETICA, paragraph, plot, rule, text, write_pdf
-
-BODY = [
-    "This is running text that fills the whole width of the page and goes on so that nobody takes it for",
-    "anything else; it has several lines at one pitch, and its font is the font of the whole document, all",
-    "of which makes it easy for a reader to see where it ends and where something else begins on the page.",
-]
-
-
-def extract(pdf: Path, folder: Path, limits: PdfLimits | None = None) -> tuple[list[dict], dict]:
-    folder.mkdir()
-    extract_pdf(str(pdf), str(folder), limits or PdfLimits())
-    records = [json.loads(line) for line in (folder / RECORDS).read_text().splitlines()]
-    return records, json.loads((folder / COUNTS).read_text())
-
-
-def texts_of(records: list[dict]) -> list[str]:
-    return [record["text"] for record in records if record["kind"] == "text"]
+from tests.data.pdf_reading import BODY, extract, texts_of
 
 
 def test_two_columns_are_read_one_after_the_other(tmp_path):
@@ -149,6 +134,18 @@ def test_labels_in_another_font_do_not_bound_a_figure(tmp_path):
     records, _ = extract(write_pdf(tmp_path / "a.pdf", [page]), tmp_path / "out")
     (figure,) = [record for record in records if record["kind"] == "figure"]
     assert figure["box"][1] == pytest.approx(842 - 560, abs=6)
+
+
+def test_the_same_file_gives_the_same_bytes_in_every_process(tmp_path):
+    options = "PdfLimits(image_dpi=36, equations=True)"
+    code = f"import sys; from moexpand.data.pdf import *; extract_pdf(sys.argv[1], sys.argv[2], {options})"
+    for seed in ("1", "2"):
+        (tmp_path / seed).mkdir()
+        command = [sys.executable, "-c", code, str(SAMPLES / "hcl-colors.pdf"), str(tmp_path / seed)]
+        subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": seed})
+    first, second = ({path.name: path.read_bytes() for path in (tmp_path / seed).iterdir()} for seed in ("1", "2"))
+    assert first == second
+    assert len(first) > 9
 
 
 def test_every_numbered_figure_of_a_real_vignette_is_found(tmp_path):

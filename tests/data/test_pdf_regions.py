@@ -1,6 +1,7 @@
 """Figures and tables in the layouts that went wrong once: each test is one class of failure, on a page that it wrote itself."""
 
 import pytest
+from PIL import Image
 
 from tests.data.pdf_maker import COURIER, HELVETICA, Form, paragraph, place, plot, rule, text, write_pdf
 from tests.data.pdf_reading import BODY, extract, of_kind, texts_of
@@ -196,3 +197,79 @@ def test_labels_that_are_read_upwards_are_one_piece(tmp_path):
     records, _ = extract(write_pdf(tmp_path / "a.pdf", [page + paragraph(72, 400, BODY)]), tmp_path / "out")
     (figure,) = of_kind(records, "figure")
     assert "counts per hour" in figure["inner_text"]
+
+
+def sideways(lines: list[tuple[float, float, str, str, float]]) -> str:
+    """Lines that are read upwards: (x of the baseline, y of the start, text, font, size)."""
+    return "".join(f"BT /{font} {size} Tf 0 1 -1 0 {x} {y} Tm ({words}) Tj ET\n" for x, y, words, font, size in lines)
+
+
+def test_a_page_set_sideways_gives_its_table_upright(tmp_path):
+    rows = [(200 + 14.0 * i, 200.0 + 120 * j, f"cell {i} {j}", "F1", 10.0) for i in range(6) for j in range(4)]
+    caption = [(160.0, 200.0, "Table 1: A table that is too wide for the page and stands on its side.", "F1", 10.0)]
+    rules = "0.5 w 186 195 m 186 640 l S 276 195 m 276 640 l S\n"
+    body = paragraph(72, 760, BODY * 6)
+    records, _ = extract(write_pdf(tmp_path / "a.pdf", [body, sideways(caption + rows) + rules, body]), tmp_path / "out")
+    (table,) = of_kind(records, "table")
+    assert table["box"] == pytest.approx([183, 842 - 640, 279, 842 - 195], abs=6)
+    assert table["inner_text"].startswith("cell 0 0 cell 0 1 cell 0 2")
+    # The picture is turned so that it can be read: wider than high.
+    picture = Image.open(tmp_path / "out" / table["image"])
+    assert picture.width > 3 * picture.height
+
+
+@pytest.mark.parametrize("left", [True, False], ids=["caption_right", "caption_left"])
+def test_a_caption_beside_its_figure(tmp_path, left):
+    x, caption_x = (72, 340) if left else (300, 72)
+    page = paragraph(72, 780, BODY) + plot(x, 520, 220, 170) + paragraph(72, 460, BODY)
+    page += paragraph(caption_x, 640, ["Figure 1: A caption that", "stands beside its figure", "and has a few short lines."])
+    records, _ = extract(write_pdf(tmp_path / "a.pdf", [page]), tmp_path / "out")
+    (figure,) = of_kind(records, "figure")
+    assert figure["box"] == pytest.approx([x, 842 - 690, x + 220, 842 - 520], abs=6)
+    assert figure["caption"].endswith("short lines.")
+
+
+def test_labels_of_panels_between_drawing_and_caption_belong_to_the_figure(tmp_path):
+    page = paragraph(72, 780, BODY) + plot(72, 540, 200, 140) + plot(320, 540, 200, 140)
+    page += text(150, 500, "(a) The first of them.") + text(390, 500, "(b) The second.")
+    page += text(180, 470, "Figure 1: Two panels.") + paragraph(72, 430, BODY)
+    records, _ = extract(write_pdf(tmp_path / "a.pdf", [page]), tmp_path / "out")
+    (figure,) = of_kind(records, "figure")
+    assert "(a) The first of them." in figure["inner_text"]
+    assert figure["box"][3] > 842 - 500
+
+
+def test_a_footnote_above_a_figure_at_the_foot_of_a_page_is_no_part_of_it(tmp_path):
+    page = paragraph(72, 780, BODY * 5) + rule(72, 560, 120) + text(82, 548, "1 A footnote about the text above.", size=8)
+    page += plot(150, 350, 300, 150) + text(180, 326, "Figure 1: At the foot.")
+    records, _ = extract(write_pdf(tmp_path / "a.pdf", [page, paragraph(72, 780, BODY * 10)]), tmp_path / "out")
+    (figure,) = of_kind(records, "figure")
+    assert figure["box"] == pytest.approx([150, 842 - 500, 450, 842 - 350], abs=6)
+
+
+def test_every_part_of_a_table_that_goes_on_is_taken(tmp_path):
+    def part(title: str) -> str:
+        rows = "".join(text(160, 585 - 12 * i, f"row {i}     {i * i}") for i in range(5))
+        return text(150, 620, title) + rule(150, 600, 200) + rule(150, 530, 200) + rows + paragraph(72, 480, BODY * 5)
+
+    pages = [part("Table 1: Squares of small numbers."), part("Table 1: Squares of small numbers (continued).")]
+    records, _ = extract(write_pdf(tmp_path / "a.pdf", pages), tmp_path / "out")
+    assert [(table["number"], table["page"]) for table in of_kind(records, "table")] == [("1", 1), ("1", 2)]
+
+
+def test_the_list_of_figures_holds_no_captions(tmp_path):
+    entry = text(72, 700, "Figure 1: A zigzag . . . . . . . . . . . . . . . . . . . . . . . . . . . . . 2")
+    page = paragraph(72, 760, BODY) + plot(150, 460, 300, 150) + text(180, 436, "Figure 1: A zigzag.") + paragraph(72, 400, BODY)
+    records, counts = extract(write_pdf(tmp_path / "a.pdf", [entry + paragraph(72, 600, BODY), page]), tmp_path / "out")
+    assert counts["figures"] == {"input": 1, "kept": 1, "dropped": {}}
+    assert of_kind(records, "figure")[0]["page"] == 2
+
+
+def test_the_first_lines_of_pages_with_double_spacing_are_no_running_heads(tmp_path):
+    pages = [
+        "".join(text(72, 760 - 24 * i, f"Line {i} of page {word} in a text with double spacing.") for i in range(25))
+        for word in "abcde"
+    ]
+    records, _ = extract(write_pdf(tmp_path / "a.pdf", pages), tmp_path / "out")
+    joined = " ".join(texts_of(records))
+    assert all(f"Line 0 of page {word}" in joined for word in "abcde")
