@@ -17,7 +17,7 @@ import webdataset
 from PIL import Image
 
 from moexpand.base.files import write_json
-from moexpand.data.dataset import FORMAT_VERSION, SUMMARY, Corpus
+from moexpand.data.dataset import SUMMARY, Corpus, summary_of
 from moexpand.data.image_decode import decode_image
 from moexpand.data.images import ImageProcessor, ImageSettings
 from moexpand.data.loader import PackedData
@@ -37,9 +37,7 @@ def write_set(folder: Path, samples: list[Sample], shard_samples: int) -> None:
         write_shard(folder, number, samples[begin : begin + shard_samples], TOKENIZER)
         for number, begin in enumerate(range(0, len(samples), shard_samples))
     ]
-    tokenizer = cached_tokenizer(TOKENIZER)
-    named = {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size}
-    write_json(folder / SUMMARY, {"format_version": FORMAT_VERSION, "tokenizer": named, "stages": {}, "shards": entries})
+    write_json(folder / SUMMARY, summary_of(cached_tokenizer(TOKENIZER), entries, {}, {}))
 
 
 def make_sets(folder: Path) -> None:

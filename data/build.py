@@ -23,7 +23,7 @@ from typing import Any
 from moexpand.base.errors import EnvironmentFailure, InputError
 from moexpand.base.files import disk_errors, sha256, write_json
 from moexpand.data.captioner import CaptionerSettings
-from moexpand.data.dataset import FORMAT_VERSION, SUMMARY
+from moexpand.data.dataset import SUMMARY, summary_of
 from moexpand.data.filters import Thresholds
 from moexpand.data.ledger import Ledger
 from moexpand.data.near_duplicates import NearLimits
@@ -104,20 +104,8 @@ def build_dataset(
             said = ", ".join(f"{reason} {count}" for reason, count in sorted(drops.items()))
             work.remove()
             raise InputError(f"No sample is left of {len(files)} files (dropped: {said or 'nothing'}); nothing was written.")
-        summary = {
-            "format_version": FORMAT_VERSION,
-            "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size},
-            "samples": sum(shard["samples"] for shard in shards),
-            "tokens": sum(shard["tokens"] for shard in shards),
-            "images": sum(shard["images"] for shard in shards),
-            "kinds": dict(sorted(kinds.items())),
-            "stages": {stage: tally.as_json() for stage, tally in tallies.items()},
-            "sources": [
-                {"name": file.name, "format": file.format, "sha256": digest} for file, digest in zip(files, digests, strict=True)
-            ],
-            "options": _written_options(options),
-            "shards": shards,
-        }
+        read = [{"name": file.name, "format": file.format, "sha256": digest} for file, digest in zip(files, digests, strict=True)]
+        summary = summary_of(tokenizer, shards, kinds, tallies, read, _written_options(options))
         write_json(work.shards / SUMMARY, summary)
         work.publish(len(shards))
     for name, wanted, ledger in (

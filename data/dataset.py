@@ -2,6 +2,7 @@
 
 import json
 import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from moexpand.base.errors import InputError
 from moexpand.data.index import ShardIndex, index_name, parse_index
 from moexpand.data.parts import Part, check_parts
 from moexpand.data.storage import Storage, open_storage
+from moexpand.data.tally import Tally
+from moexpand.data.tokens import Tokenizer
 
 SUMMARY = "dataset.json"
 FORMAT_VERSION = 2
@@ -47,6 +50,36 @@ def read_summary(storage: Storage) -> dict[str, Any]:
             f"{where} has the format version {version}; this program reads {FORMAT_VERSION}: build the shards again."
         )
     return summary
+
+
+def summary_of(
+    tokenizer: Tokenizer,
+    shards: list[dict[str, Any]],
+    kinds: Mapping[str, int],
+    stages: Mapping[str, Tally],
+    sources: Sequence[dict[str, str]] = (),
+    options: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The content of dataset.json.
+
+    Args:
+        tokenizer: that the shards were indexed with.
+        shards: what `shards.shard_entry` says of each.
+        kinds: samples of each kind.
+        stages: what each stage took in, kept and dropped.
+        sources: name, format and SHA-256 of each file; none where the tars are somebody else's.
+        options: that decide the bytes.
+    """
+    return {
+        "format_version": FORMAT_VERSION,
+        "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size},
+        **{total: sum(shard[total] for shard in shards) for total in ("samples", "tokens", "images")},
+        "kinds": dict(sorted(kinds.items())),
+        "stages": {stage: tally.as_json() for stage, tally in stages.items()},
+        "sources": list(sources),
+        "options": dict(options or {}),
+        "shards": shards,
+    }
 
 
 @dataclass(frozen=True)

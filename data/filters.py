@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from moexpand.base.errors import InputError
-from moexpand.data.measures import repetition as repetition
-from moexpand.data.measures import symbol_ratio as symbol_ratio
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from PIL import Image
 
 from moexpand.base.random import generator, raw_integers
 from moexpand.data.image_decode import DEFAULT_LIMITS, BadImage, decode_image
+from moexpand.data.order import mix64
 
 SHINGLE = 5
 """Tokens in a row that MinHash compares and that count as a repeated n-gram."""
@@ -209,13 +210,6 @@ def minhash(words: list[str]) -> np.ndarray | None:
 
 def _hash64(word: str) -> int:
     return int.from_bytes(hashlib.blake2b(word.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
-
-
-def mix64(x: np.ndarray) -> np.ndarray:
-    """Finaliser of splitmix64 (Steele et al. 2014): a bijection of 64 bits in which every input bit moves half of the output."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 @cache

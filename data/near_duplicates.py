@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moexpand.base.errors import InputError
-from moexpand.data.measures import HASH_SIDE, PERMUTATIONS, mix64
+from moexpand.data.measures import HASH_SIDE, PERMUTATIONS
+from moexpand.data.order import mix64
 
 ROWS = 6
 BANDS = PERMUTATIONS // ROWS

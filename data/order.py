@@ -7,7 +7,7 @@ import numpy as np
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-def _mix(values: np.ndarray) -> np.ndarray:
+def mix64(values: np.ndarray) -> np.ndarray:
     """SplitMix64's finaliser (Steele, Lea, Flood 2014), a bijection of 64-bit numbers. uint64 [...] -> uint64 [...]."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -18,7 +18,7 @@ def random_numbers(count: int, *key: int | str) -> np.ndarray:
     """uint64 [count]: the number at place i depends on i and the key alone, on every machine and library version."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     start = np.uint64(int.from_bytes(digest, "little"))
-    return _mix(_mix(np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN) + start)
+    return mix64(mix64(np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN) + start)
 
 
 def permutation(count: int, *key: int | str) -> np.ndarray:
@@ -53,7 +53,7 @@ class Shuffle:
         left, right = values >> np.uint64(right_bits), values & np.uint64((1 << right_bits) - 1)
         for key in self._keys:
             # An even number of rounds brings halves of unequal width back to where they were.
-            left, right = right, left ^ (_mix(right + key) >> np.uint64(64 - left_bits))
+            left, right = right, left ^ (mix64(right + key) >> np.uint64(64 - left_bits))
             left_bits, right_bits = right_bits, left_bits
         return (left << np.uint64(right_bits)) | right
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from moexpand.base.errors import InputError
 from moexpand.base.files import disk_errors, write_json
-from moexpand.data.dataset import FORMAT_VERSION, PARTS_MEMBER, SUMMARY, TEXT_MEMBER, is_image
+from moexpand.data.dataset import PARTS_MEMBER, SUMMARY, TEXT_MEMBER, is_image, summary_of
 from moexpand.data.image_decode import BadImage, image_size
 from moexpand.data.index import IndexedSample, Member, ShardIndex, write_index
 from moexpand.data.parts import Part, check_parts, encode_text
@@ -92,18 +92,7 @@ def index_tars(
             f"{bad} of {tally.input} samples in {folder} cannot be used ({reasons or 'there is none'}), and"
             f" max_bad_fraction={max_bad_fraction} allows {int(max_bad_fraction * tally.input)}."
         )
-    summary = {
-        "format_version": FORMAT_VERSION,
-        "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size},
-        "samples": sum(entry["samples"] for entry in entries),
-        "tokens": sum(entry["tokens"] for entry in entries),
-        "images": sum(entry["images"] for entry in entries),
-        "kinds": dict(sorted(kinds.items())),
-        "stages": {"samples": tally.as_json()},
-        "sources": [],
-        "options": {"text_key": text_key},
-        "shards": entries,
-    }
+    summary = summary_of(tokenizer, entries, kinds, {"samples": tally}, options={"text_key": text_key})
     write_json(folder / SUMMARY, summary)
     return summary
 

@@ -12,9 +12,9 @@ from PIL import Image
 
 from moexpand.base.errors import InputError
 from moexpand.data.build import BuildOptions, build_dataset
-from moexpand.data.filters import repetition, symbol_ratio
 from moexpand.data.index import index_name, parse_index
 from moexpand.data.inspect import inspect_shards
+from moexpand.data.measures import repetition, symbol_ratio
 from moexpand.data.sources import cut, list_sources, paragraphs
 from moexpand.data.tokens import load_tokenizer
 from moexpand.data.units import ReadOptions

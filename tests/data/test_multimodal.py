@@ -14,7 +14,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from moexpand.base.errors import InputError
 from moexpand.base.files import write_json
-from moexpand.data.dataset import FORMAT_VERSION, SUMMARY
+from moexpand.data.dataset import SUMMARY, summary_of
 from moexpand.data.images import ImageSettings
 from moexpand.data.loader import MicroBatch, PackedData
 from moexpand.data.parts import Part
@@ -40,9 +40,7 @@ def write_set(folder: Path, samples: list[Sample], shard_samples: int = 16) -> P
         write_shard(folder, number, samples[begin : begin + shard_samples], "qwen-8192")
         for number, begin in enumerate(range(0, len(samples), shard_samples))
     ]
-    tokenizer = load_tokenizer("qwen-8192")
-    named = {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size}
-    write_json(folder / SUMMARY, {"format_version": FORMAT_VERSION, "tokenizer": named, "stages": {}, "shards": entries})
+    write_json(folder / SUMMARY, summary_of(load_tokenizer("qwen-8192"), entries, {}, {}))
     return folder
 
 
