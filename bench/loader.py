@@ -23,7 +23,7 @@ from moexpand.data.images import ImageProcessor, ImageSettings
 from moexpand.data.loader import PackedData
 from moexpand.data.planning import WINDOW, PackSequence, SampleOrder
 from moexpand.data.shards import Sample, cached_tokenizer, write_shard
-from moexpand.data.stream import StreamSettings
+from moexpand.data.stream import Reading
 
 TOKENIZER = "qwen-8192"
 SEQ, BATCH = 4096, 8
@@ -100,7 +100,7 @@ def theirs_pack(folder: Path) -> Iterator[None]:
 def ours_pack(folder: Path) -> Iterator[None]:
     """Ours: whole micro-batches with labels, masks, positions and boundaries."""
     pictures = folder.name == "pictures"
-    data = PackedData(folder, SEQ, BATCH, 0, held_out=0.0, options=StreamSettings(SEQ, 0, images=IMAGES if pictures else None))
+    data = PackedData(folder, SEQ, BATCH, 0, held_out=0.0, reading=Reading(images=IMAGES if pictures else None))
     step = 0
     while True:
         for batch in data.batch(step):
@@ -160,7 +160,7 @@ def planning(folder: Path) -> None:
 def shares(shards: str) -> None:
     """Fill, and tokens of images of the fullest rank over the mean."""
     for ranks, each in ((2, 8), (4, 8), (8, 8), (2, 16)):
-        data = PackedData(shards, SEQ, ranks * each, 0, held_out=0.0, options=StreamSettings(SEQ, 0, images=IMAGES))
+        data = PackedData(shards, SEQ, ranks * each, 0, held_out=0.0, reading=Reading(images=IMAGES))
         steps = max(1, data.packs_per_epoch // data.global_batch)
         loads = [data.vision_tokens(step, ranks) for step in range(steps)]
         over = [load.max() / load.mean() for load in loads if load.any()]

@@ -10,18 +10,17 @@ Legend: T tokens of a micro-batch (micro_batch * seq_length), P patches of its i
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from moexpand.base.errors import InputError
-from moexpand.data.dataset import read_summary
+from moexpand.data.dataset import Corpus
 from moexpand.data.mixture import Mixture
 from moexpand.data.sharing import share
-from moexpand.data.storage import open_storage
-from moexpand.data.stream import Source, Stream, StreamSettings
+from moexpand.data.stream import Reading, Source, Stream
 from moexpand.data.tokens import load_tokenizer
 
 Segment = tuple[int, int, int]
@@ -64,7 +63,7 @@ class PackedData:
         tokenizer: name or folder; None takes the one that the shards were indexed with.
         max_bad_fraction: largest fraction of unreadable samples of a source; beyond it, reading raises. A bad sample's place
             stays, masked.
-        options: shuffle, images, answers_only, cache and cache_bytes of `StreamSettings`.
+        reading: order, images and places; see `Reading`.
 
     Raises:
         InputError: a shard or index is missing, truncated or damaged, or the tokenizer is not the one of the index.
@@ -79,7 +78,7 @@ class PackedData:
         held_out: float = 0.05,
         tokenizer: str | None = None,
         max_bad_fraction: float = 0.0,
-        options: StreamSettings | None = None,
+        reading: Reading | None = None,
     ) -> None:
         if not 0.0 <= held_out < 1.0:
             raise InputError(f"data.held_out is {held_out}; it must be at least 0 and below 1.")
@@ -91,24 +90,20 @@ class PackedData:
         self.sources = [Source(str(sources))] if isinstance(sources, str | Path) else list(sources)
         self.names = _different([source.name for source in self.sources])
         self._mixture = Mixture([source.weight for source in self.sources])
-        self.tokenizer_name = tokenizer or str(read_summary(open_storage(self.sources[0].place))["tokenizer"]["name"])
+        reading = reading or Reading()
+        corpora = [Corpus(source.place, max_bad_fraction, reading.cache, reading.cache_bytes) for source in self.sources]
+        self.tokenizer_name = tokenizer or corpora[0].tokenizer_name
         self.tokenizer = load_tokenizer(self.tokenizer_name)
         self.fingerprint = self.tokenizer.fingerprint
         self.vocab_size = self.tokenizer.vocab_size
-        settings = replace(
-            options or StreamSettings(seq_length, seed),
-            seq_length=seq_length,
-            seed=seed,
-            held_out=held_out,
-            max_bad_fraction=max_bad_fraction,
-        )
-        self.streams = [Stream(source.place, self.tokenizer, settings) for source in self.sources]
-        for source, stream in zip(self.sources, self.streams, strict=True):
-            if stream.corpus.fingerprint != self.fingerprint:
+        for corpus in corpora:
+            if corpus.fingerprint != self.fingerprint:
                 raise InputError(
-                    f"The shards in {source.place} were indexed with the tokenizer {stream.corpus.tokenizer_name}, and"
+                    f"The shards in {corpus.place} were indexed with the tokenizer {corpus.tokenizer_name}, and"
                     f" {self.tokenizer_name} splits text differently; build the shards with it, or do not set data.tokenizer."
                 )
+        self._pictured = reading.images is not None
+        self.streams = [Stream(corpus, self.tokenizer, seq_length, seed, held_out, reading) for corpus in corpora]
 
     @cached_property
     def corpus_fingerprint(self) -> str:
@@ -213,14 +208,15 @@ class PackedData:
                 f"A global batch of {self.global_batch} packs cannot be shared by {ranks} data-parallel ranks (this is rank"
                 f" {rank}) in micro-batches of {micro_batch}; micro_batch times ranks must divide it."
             )
-        packs = [self._locate(step * self.global_batch + i) for i in range(self.global_batch)]
-        numbers = share(self._vision_of(packs).reshape(-1, micro_batch).sum(axis=1), ranks)[:, rank]
-        return [self._micro_batch(packs[m * micro_batch : (m + 1) * micro_batch]) for m in numbers.tolist()]
+        numbers = share(self._vision_of(step, micro_batch), ranks)[:, rank]
+        first = step * self.global_batch
+        return [
+            self._micro_batch([self._locate(first + m * micro_batch + i) for i in range(micro_batch)]) for m in numbers.tolist()
+        ]
 
     def vision_tokens(self, step: int, ranks: int = 1, micro_batch: int = 1) -> np.ndarray:
         """int64 [ranks]: tokens of images that each data-parallel rank has in a step."""
-        packs = [self._locate(step * self.global_batch + i) for i in range(self.global_batch)]
-        costs = self._vision_of(packs).reshape(-1, micro_batch).sum(axis=1)
+        costs = self._vision_of(step, micro_batch)
         return costs[share(costs, ranks)].sum(axis=0)
 
     def held_out(self, packs: int, micro_batch: int = 1) -> list[MicroBatch]:
@@ -252,8 +248,13 @@ class PackedData:
         source, number = self._mixture.locate(pack)
         return source, self.streams[source].segments(number)
 
-    def _vision_of(self, packs: list[tuple[int, list[Segment]]]) -> np.ndarray:
-        return np.array([sum(int(self.streams[s].vision[sample]) for sample, _, _ in segments) for s, segments in packs])
+    def _vision_of(self, step: int, micro_batch: int) -> np.ndarray:
+        """int64 [micro-batches of the step]: tokens of images in each."""
+        if not self._pictured:  # every rank would locate the packs of all for nothing
+            return np.zeros(self.global_batch // micro_batch, dtype=np.int64)
+        packs = [self._locate(step * self.global_batch + i) for i in range(self.global_batch)]
+        costs = [sum(int(self.streams[source].vision[sample]) for sample, _, _ in segments) for source, segments in packs]
+        return np.array(costs, dtype=np.int64).reshape(-1, micro_batch).sum(axis=1)
 
     def _micro_batch(self, packs: list[tuple[int, list[Segment]]]) -> MicroBatch:
         """Lay out packs."""

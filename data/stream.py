@@ -53,13 +53,9 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class StreamSettings:
-    """What all sources of a run share."""
+class Reading:
+    """How the sources of a run are read."""
 
-    seq_length: int
-    seed: int
-    held_out: float = 0.05
-    max_bad_fraction: float = 0.0
     shuffle: str = "samples"
     """samples: over everything; shards: whole shards, then the samples of some shards together."""
     images: ImageSettings | None = None
@@ -83,15 +79,17 @@ class Stream:
         InputError: the shards are damaged, or hold no training sample.
     """
 
-    def __init__(self, place: str, tokenizer: Tokenizer, settings: StreamSettings) -> None:
-        self.corpus = Corpus(place, settings.max_bad_fraction, settings.cache, settings.cache_bytes)
-        self._tokenizer, self._settings = tokenizer, settings
-        self._processor = None if settings.images is None else ImageProcessor(settings.images)
+    def __init__(
+        self, corpus: Corpus, tokenizer: Tokenizer, seq_length: int, seed: int, held_out: float, reading: Reading
+    ) -> None:
+        self.corpus = corpus
+        self._tokenizer, self._seq_length, self._seed, self._reading = tokenizer, seq_length, seed, reading
+        self._processor = None if reading.images is None else ImageProcessor(reading.images)
         self.vision, images, misshapen = self._vision()
         self.lengths = self.corpus.tokens + self.vision + IMAGE_MARKS * images + 1
         empty = self.lengths == 1
         # An image is never split, so such a sample has to fit as a whole.
-        too_long = (images > 0) & (self.lengths > settings.seq_length)
+        too_long = (images > 0) & (self.lengths > seq_length)
         self.left_out = {
             reason: int(count)
             for reason, count in (
@@ -102,21 +100,22 @@ class Stream:
             if count
         }
         # The hash spread over [0, 1): a sample stays held out whatever is added to the set.
-        kept_out = self.corpus.key_hash / 2.0**64 < settings.held_out
+        kept_out = self.corpus.key_hash / 2.0**64 < held_out
         usable = ~(empty | too_long | (misshapen > 0))
         self.train = np.flatnonzero(~kept_out & usable)
         self._held_out = np.flatnonzero(kept_out & usable)
         if len(self.train) == 0:
             reasons = f" ({', '.join(f'{reason}: {count}' for reason, count in self.left_out.items())})" if self.left_out else ""
-            raise InputError(f"The shards in {place} hold no training sample with data.held_out={settings.held_out}{reasons}.")
-        self.packs = self._sequence(self.train, self._order(), settings.seed)
+            raise InputError(f"The shards in {corpus.place} hold no training sample with data.held_out={held_out}{reasons}.")
+        self.packs = self._sequence(self.train, self._order(), seed)
         self._encoded: OrderedDict[int, Encoded] = OrderedDict()
         self._tokens_held = 0
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over keys and lengths of all samples in their order: what the order of batches follows from."""
-        return hashlib.sha256(self.corpus.key_hash.tobytes() + (self.lengths - 1).tobytes()).hexdigest()
+        """SHA-256 over keys and lengths of all samples in their order and the images' settings: what batches follow from."""
+        images = self._reading.images.fingerprint.encode() if self._reading.images else b""
+        return hashlib.sha256(self.corpus.key_hash.tobytes() + (self.lengths - 1).tobytes() + images).hexdigest()
 
     def segments(self, pack: int) -> list[tuple[int, int, int]]:
         """(sample, start, length) of every segment of a training pack."""
@@ -184,7 +183,7 @@ class Stream:
                 f" {self.lengths[sample] - 1}; build the shards again."
             )
         trained = encoded.loss
-        if not self._settings.answers_only:
+        if not self._reading.answers_only:
             trained = np.ones_like(encoded.loss)
             for begin, end in encoded.image_spans:
                 trained[begin - 1 : end + 1] = False
@@ -194,20 +193,20 @@ class Stream:
     def _vision(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """int64 [samples]: tokens for images, number of images, and how many of them have a shape that no model takes."""
         none = np.zeros_like(self.corpus.tokens)
-        if self._settings.images is None:
+        if self._reading.images is None:
             return none, none, none
         first = self.corpus.image_first
-        tokens = self._settings.images.vision_tokens(self.corpus.image_height, self.corpus.image_width)
+        tokens = self._reading.images.vision_tokens(self.corpus.image_height, self.corpus.image_width)
         sums = (np.concatenate([[0], np.cumsum(values)]) for values in (tokens, tokens == 0))
         by_sample, misshapen = (before[first[1:]] - before[first[:-1]] for before in sums)
         return by_sample, np.diff(first), misshapen
 
     def _order(self) -> Order:
-        if self._settings.shuffle == "shards":
-            return ShardOrder(self.corpus.shard[self.train], self._settings.seed)
-        return SampleOrder(len(self.train), self._settings.seed)
+        if self._reading.shuffle == "shards":
+            return ShardOrder(self.corpus.shard[self.train], self._seed)
+        return SampleOrder(len(self.train), self._seed)
 
     def _sequence(self, samples: np.ndarray, order: Order, seed: int) -> PackSequence:
         local = "://" not in self.corpus.place
-        folder = Path(self.corpus.place) / PLANS_FOLDER if local else self._settings.cache
-        return PackSequence(self.lengths[samples], order, self._settings.seq_length, seed, folder)
+        folder = Path(self.corpus.place) / PLANS_FOLDER if local else self._reading.cache
+        return PackSequence(self.lengths[samples], order, self._seq_length, seed, folder)

@@ -70,7 +70,8 @@ def train(config: TrainCommand, source: Source, data: PackedData, here: ranks.Ra
             progress = replace(progress, step=progress.step + 1, tokens=progress.tokens + report.tokens)
             seconds, groups = time.perf_counter() - began, source.architecture.router_n_groups
             row = step_row(report, progress, lr, router_lr, seconds, read.waited, groups) | telemetry.row(progress.step, report)
-            row |= source_row(data, progress.step)
+            if here.main:
+                row |= source_row(data, progress.step)
             records.step(row)
             display.say(console_line(row, steps))
             display.advance(progress.step, f"loss {report.loss:.4f}")

@@ -8,7 +8,7 @@ import yaml
 from moexpand.base.errors import InputError
 from moexpand.conf.schema import TrainCommand
 from moexpand.data.loader import PackedData
-from moexpand.data.stream import Source, StreamSettings
+from moexpand.data.stream import Reading, Source
 
 _ENTRY = "{shards: FOLDER, weight: NUMBER, max_epochs: NUMBER}"
 
@@ -27,9 +27,7 @@ def open_data(config: TrainCommand) -> PackedData:
         held_out=config.data.held_out,
         tokenizer=config.data.tokenizer,
         max_bad_fraction=config.data.max_bad_fraction,
-        options=StreamSettings(
-            config.train.seq_length,
-            config.seed,
+        reading=Reading(
             shuffle=config.data.shuffle,
             cache=Path(config.data.cache) if config.data.cache else None,
             cache_bytes=int(config.data.cache_gb * 1e9),

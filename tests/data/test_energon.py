@@ -11,7 +11,7 @@ from PIL import Image
 
 from moexpand.data.loader import PackedData
 from moexpand.data.shards import Sample
-from moexpand.data.stream import StreamSettings
+from moexpand.data.stream import Reading
 from moexpand.data.tar_index import index_tars
 from tests.commands import ROOT
 from tests.data.test_multimodal import IMAGES, epoch, picture, pieces, words, write_set
@@ -80,6 +80,6 @@ def test_we_train_on_what_energon_has_prepared(prepared: Path, tmp_path: Path) -
         path.unlink()
     assert (theirs / ".nv-meta").is_dir()
     index_tars(theirs, "qwen-8192", "text", workers=1, max_bad_fraction=0.0, say=lambda line: None)
-    options = StreamSettings(256, 0, images=IMAGES)
-    ours, indexed = (PackedData(place, 256, 1, seed=1, held_out=0.0, options=options) for place in (prepared, theirs))
+    options = Reading(images=IMAGES)
+    ours, indexed = (PackedData(place, 256, 1, seed=1, held_out=0.0, reading=options) for place in (prepared, theirs))
     assert pieces(epoch(indexed)) == pieces(epoch(ours))

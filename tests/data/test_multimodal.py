@@ -19,12 +19,12 @@ from moexpand.data.images import ImageSettings
 from moexpand.data.loader import MicroBatch, PackedData
 from moexpand.data.parts import Part
 from moexpand.data.shards import Sample, write_shard
-from moexpand.data.stream import Source, StreamSettings
+from moexpand.data.stream import Reading, Source
 from moexpand.data.tokens import load_tokenizer
 
 SEQ, BATCH = 256, 8
 IMAGES = ImageSettings(min_pixels=32 * 32, max_pixels=160 * 160)
-WITH_IMAGES = StreamSettings(SEQ, 0, images=IMAGES)
+WITH_IMAGES = Reading(images=IMAGES)
 
 
 def picture(path: Path, width: int, height: int, seed: int) -> Path:
@@ -117,7 +117,7 @@ def epoch(data: PackedData) -> list[MicroBatch]:
 
 def test_a_sample_with_pictures_is_what_transformers_makes_of_it(made):
     shards, samples = made
-    data = PackedData(shards, SEQ, 1, seed=1, held_out=0.0, options=WITH_IMAGES)
+    data = PackedData(shards, SEQ, 1, seed=1, held_out=0.0, reading=WITH_IMAGES)
     assert not data.left_out()
     batches = epoch(data)
     wanted, pixels = {}, {}
@@ -150,7 +150,7 @@ def test_without_pictures_the_same_texts_are_trained_on(made):
 @given(st.sampled_from([(1, 8), (2, 4), (4, 2), (8, 1), (2, 2), (1, 4)]), st.integers(0, 40))
 def test_pictures_are_the_same_and_level_for_every_number_of_ranks(made, layout, step):
     ranks, micro_batch = layout
-    data = PackedData(made[0], SEQ, BATCH, seed=3, held_out=0.0, options=WITH_IMAGES)
+    data = PackedData(made[0], SEQ, BATCH, seed=3, held_out=0.0, reading=WITH_IMAGES)
     whole = data.batch(step, micro_batch=micro_batch)
     shared = [batch for rank in range(ranks) for batch in data.batch(step, rank, ranks, micro_batch)]
     # As sets: which rank computes a micro-batch depends on their number.
@@ -163,7 +163,7 @@ def test_pictures_are_the_same_and_level_for_every_number_of_ranks(made, layout,
 
 
 def test_a_picture_that_does_not_fit_a_pack_is_left_out_and_told(made):
-    data = PackedData(made[0], 48, 1, seed=1, held_out=0.0, options=StreamSettings(48, 0, images=IMAGES))
+    data = PackedData(made[0], 48, 1, seed=1, held_out=0.0, reading=Reading(images=IMAGES))
     fitting = sum(len(expected(sample)[0]) <= 48 for sample in made[1] if sample.images)
     left = sum(bool(sample.images) for sample in made[1]) - fitting
     assert left > 0
@@ -173,8 +173,8 @@ def test_a_picture_that_does_not_fit_a_pack_is_left_out_and_told(made):
 
 def test_a_damaged_picture_costs_its_own_sample(made, tmp_path):
     shards = Path(shutil.copytree(made[0], tmp_path / "shards"))
-    whole = pieces(epoch(PackedData(shards, SEQ, 1, seed=1, held_out=0.0, options=WITH_IMAGES)))
-    data = PackedData(shards, SEQ, 1, seed=1, held_out=0.0, options=WITH_IMAGES)
+    whole = pieces(epoch(PackedData(shards, SEQ, 1, seed=1, held_out=0.0, reading=WITH_IMAGES)))
+    data = PackedData(shards, SEQ, 1, seed=1, held_out=0.0, reading=WITH_IMAGES)
     corpus = data.streams[0].corpus
     content = io.BytesIO()
     Image.new("RGB", (40, 40)).save(content, "PNG")
@@ -185,8 +185,8 @@ def test_a_damaged_picture_costs_its_own_sample(made, tmp_path):
     tampered[corpus._member_offset[member] + 60] ^= 255
     tar.write_bytes(tampered)
     with pytest.raises(InputError, match=r"figure-01\.png of .* does not have the CRC32"):
-        epoch(PackedData(shards, SEQ, 1, seed=1, held_out=0.0, options=WITH_IMAGES))
-    tolerant = PackedData(shards, SEQ, 1, seed=1, held_out=0.0, max_bad_fraction=0.05, options=WITH_IMAGES)
+        epoch(PackedData(shards, SEQ, 1, seed=1, held_out=0.0, reading=WITH_IMAGES))
+    tolerant = PackedData(shards, SEQ, 1, seed=1, held_out=0.0, max_bad_fraction=0.05, reading=WITH_IMAGES)
     left = pieces(epoch(tolerant))
     assert list(tolerant.bad_samples) == ["figure-01"]
     assert len(whole.keys() - left.keys()) == 1
@@ -207,8 +207,8 @@ def test_conversations_train_on_their_marked_parts_alone_unless_all_text_is_aske
     trained = [int(label) for label in batch.labels[batch.loss_mask > 0]]
     assert trained == [*tokenizer.encode("A mark."), tokenizer.specials["<|im_end|>"], tokenizer.eos_id]
     assert (batch.tokens == tokenizer.specials["<|im_end|>"]).sum() == 2  # the user's is ten characters
-    everything = StreamSettings(SEQ, 0, answers_only=False)
-    (batch,) = PackedData(shards, SEQ, 1, seed=0, held_out=0.0, options=everything).batch(0)
+    everything = Reading(answers_only=False)
+    (batch,) = PackedData(shards, SEQ, 1, seed=0, held_out=0.0, reading=everything).batch(0)
     assert batch.loss_mask.sum() == batch.cu_seqlens[1] - 1
     kept = json.loads((shards / SUMMARY).read_text())
     assert kept["shards"][0]["samples"] == 1

@@ -19,11 +19,11 @@ from moexpand.base.errors import EnvironmentFailure, InputError
 from moexpand.data import storage
 from moexpand.data.images import ImageSettings
 from moexpand.data.loader import PackedData
-from moexpand.data.stream import StreamSettings
+from moexpand.data.stream import Reading
 from moexpand.data.tar_index import index_tars
 from moexpand.data.tokens import load_tokenizer
 
-SETTINGS = StreamSettings(256, 0, images=ImageSettings(min_pixels=32 * 32, max_pixels=64 * 64))
+SETTINGS = Reading(images=ImageSettings(min_pixels=32 * 32, max_pixels=64 * 64))
 
 
 def png(seed: int) -> bytes:
@@ -74,7 +74,7 @@ def test_tars_of_webdataset_are_trained_on_where_they_lie(tmp_path):
     summary = index(folder)
     assert (summary["samples"], summary["images"], summary["kinds"]) == (40, 40, {"image": 40})
     assert {path.name: path.read_bytes() for path in folder.glob("*.tar")} == before
-    data = PackedData(folder, 256, 4, seed=0, held_out=0.0, options=SETTINGS)
+    data = PackedData(folder, 256, 4, seed=0, held_out=0.0, reading=SETTINGS)
     wanted = {f"Caption {number} of a picture." for number in range(20)} | {f"Text {number}." for number in range(20)}
     assert wanted <= texts(data)
     assert index(folder) == summary  # again, over itself
@@ -198,19 +198,19 @@ def test_shards_at_an_address_give_the_batches_of_the_folder(corpus, tmp_path, s
     for path in corpus.iterdir():
         if path.is_file():
             files.pipe(f"/set-{shuffle}/{path.name}", path.read_bytes())
-    options = StreamSettings(128, 0, shuffle=shuffle)
-    local = PackedData(corpus, 128, 8, seed=1, options=options)
-    assert equal(local, PackedData(f"memory://set-{shuffle}", 128, 8, seed=1, options=options))
-    cached = StreamSettings(128, 0, shuffle=shuffle, cache=tmp_path / "cache", cache_bytes=1 << 30)
-    assert equal(local, PackedData(f"memory://set-{shuffle}", 128, 8, seed=1, options=cached))
+    options = Reading(shuffle=shuffle)
+    local = PackedData(corpus, 128, 8, seed=1, reading=options)
+    assert equal(local, PackedData(f"memory://set-{shuffle}", 128, 8, seed=1, reading=options))
+    cached = Reading(shuffle=shuffle, cache=tmp_path / "cache", cache_bytes=1 << 30)
+    assert equal(local, PackedData(f"memory://set-{shuffle}", 128, 8, seed=1, reading=cached))
     assert len(list((tmp_path / "cache").rglob("*.tar"))) == 4
 
 
 def test_a_web_server_without_ranges_serves_whole_shards_into_a_bounded_cache(corpus, served, tmp_path):
     limit = 2 * max(path.stat().st_size for path in corpus.glob("*.tar")) + 1000
-    options = StreamSettings(128, 0, shuffle="shards", cache=tmp_path / "cache", cache_bytes=limit)
-    remote = PackedData(served, 128, 8, seed=1, options=options)
-    assert equal(PackedData(corpus, 128, 8, seed=1, options=StreamSettings(128, 0, shuffle="shards")), remote)
+    options = Reading(shuffle="shards", cache=tmp_path / "cache", cache_bytes=limit)
+    remote = PackedData(served, 128, 8, seed=1, reading=options)
+    assert equal(PackedData(corpus, 128, 8, seed=1, reading=Reading(shuffle="shards")), remote)
     assert sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*.tar")) <= limit
 
 
