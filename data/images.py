@@ -283,8 +283,3 @@ def image_tokens(grid: tuple[int, int, int], merge_size: int) -> int:
     if rows % merge_size or columns % merge_size:
         raise InputError(f"The grid {grid} is not a multiple of merge_size {merge_size} in rows and columns.")
     return frames * rows * columns // merge_size**2
-
-
-def image_ids(grid: tuple[int, int, int], merge_size: int, vision_start: int, image_pad: int, vision_end: int) -> np.ndarray:
-    """int64 [tokens + 2]: vision_start, one image_pad for every token of the picture, vision_end; all three by id."""
-    return np.array([vision_start, *[image_pad] * image_tokens(grid, merge_size), vision_end], np.int64)

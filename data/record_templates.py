@@ -85,7 +85,7 @@ class RecordTemplates:
     def __init__(self, path_or_mapping: str | Path | Mapping[str, Any], chat_template: ChatTemplate | None = None) -> None:
         given = path_or_mapping
         where = "the record templates" if isinstance(given, Mapping) else f"the record templates in {given}"
-        content = given if isinstance(given, Mapping) else _read(Path(given))
+        content = given if isinstance(given, Mapping) else read_templates(Path(given))
         if not isinstance(content, Mapping) or not set(content) <= {"domains", "templates"}:
             raise InputError(f"At the top of {where} there must be 'templates' and, optionally, 'domains', and nothing else.")
         self.systems = _systems(content.get("domains") or {}, where)
@@ -142,7 +142,12 @@ class RecordTemplates:
         return next((domain for domain, prompt in self.systems.items() if _bare(prompt) == _bare(system)), None)
 
 
-def _read(path: Path) -> Any:
+def read_templates(path: Path) -> Any:
+    """What a file of templates holds, for `RecordTemplates`.
+
+    Raises:
+        InputError: it cannot be read, or is neither YAML nor JSON.
+    """
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:

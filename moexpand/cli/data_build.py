@@ -4,8 +4,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from moexpand.base.errors import InputError
 from moexpand.conf.data_schema import Captioner, DataBuildCommand
 from moexpand.data.build import BuildOptions, build_dataset
@@ -15,6 +13,7 @@ from moexpand.data.endpoint import ClientSettings, Route
 from moexpand.data.filters import Thresholds
 from moexpand.data.near_duplicates import NearLimits
 from moexpand.data.pdf import PdfLimits
+from moexpand.data.record_templates import read_templates
 from moexpand.data.scorer import PROMPT, ScorerSettings
 from moexpand.data.units import ReadOptions
 
@@ -31,7 +30,7 @@ def run(config: DataBuildCommand) -> None:
             pdf=PdfLimits(config.image_dpi, filters.min_figure_points, config.equations),
             chat=ChatSettings(chat.enable_thinking, chat.history, chat.date),
             chat_template=chat.template,
-            templates=_templates(config.templates),
+            templates=read_templates(Path(config.templates)) if config.templates else None,
             template=config.template,
             seed=config.seed,
         ),
@@ -98,12 +97,3 @@ def _route(key: str, url: str | None, model: str | None) -> Route | None:
         join = "_" if "." in key else "."
         raise InputError(f"{key}{join}url and {key}{join}model belong together; give both, or neither.")
     return None if url is None or model is None else Route(key, url, model)
-
-
-def _templates(path: str | None) -> Any:
-    if path is None:
-        return None
-    try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"templates={path} cannot be read as YAML: {str(error).splitlines()[0]}.") from None

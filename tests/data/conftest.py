@@ -3,10 +3,13 @@
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from moexpand.data.build import BuildOptions, build_dataset
+from moexpand.data.tokens import Tokenizer, load_tokenizer
 from moexpand.data.units import ReadOptions
 
 SENTENCE = "the expert router sends each token to eight of many experts and the loss falls while 随机森林 learns α β naïve"
@@ -32,3 +35,22 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     options = BuildOptions(ReadOptions(tokenizer="qwen-8192"), workers=1, shard_samples=40)
     build_dataset(None, [str(source)], folder / "shards", options, lambda line: None)
     return folder / "shards"
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return load_tokenizer("qwen-8192")
+
+
+@pytest.fixture(scope="session")
+def folder(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That tokenizer as a Hugging Face folder."""
+    place = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save(place)
+    return place
+
+
+@pytest.fixture(scope="session")
+def auto(folder: Path) -> Any:
+    """The folder opened by transformers."""
+    return AutoTokenizer.from_pretrained(folder)

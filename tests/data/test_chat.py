@@ -5,79 +5,21 @@ import json
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
 
 from moexpand.base.errors import InputError
-from moexpand.data.chat import ChatSettings, chat_row, render_chat, system_parts
+from moexpand.data.chat import ChatSettings, chat_row, render_chat
 from moexpand.data.chat_template import ChatTemplate, load_chat_template
 from moexpand.data.chatml import CHATML as BUILT_IN
 from moexpand.data.parts import Unusable, check_parts, encode_parts
-from moexpand.data.tokens import QWEN_SPECIALS, load_tokenizer
+from moexpand.data.tokens import QWEN_SPECIALS
+from tests.data.chats import ASSISTANT, CHATML, GENERATION, STRICT, TOOLS, USER, VISION, WITH_TOOLS
 
-CHATML = (
-    "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
-)
-GENERATION = (
-    "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' }}"
-    "{%- if message.role == 'assistant' %}{% generation %}{{- message.content + '<|im_end|>' }}{% endgeneration %}"
-    "{%- else %}{{- message.content + '<|im_end|>' }}{%- endif %}{{- '\\n' }}{%- endfor %}"
-)
-VISION = (
-    "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' }}"
-    "{%- if message.content is string %}{{- message.content }}{%- else %}{%- for item in message.content %}"
-    "{{- 'Picture: <|vision_start|><|image_pad|><|vision_end|>' if 'image' in item else item.text }}"
-    "{%- endfor %}{%- endif %}{{- '<|im_end|>\\n' }}{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
-)
-STRICT = (
-    "{%- for message in messages %}{%- if (message.role == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{- raise_exception('Roles must alternate') }}{%- endif %}{%- endfor %}" + CHATML
-)
-TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": "weather",
-            "description": "Weather of a place, in °C",
-            "parameters": {"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]},
-        },
-    }
-]
-CALL = {"type": "function", "function": {"name": "weather", "arguments": {"place": "Zürich", "n": [1, 2.5, None, True]}}}
-WITH_TOOLS = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "Weather in Zürich & Bern?"},
-    {"role": "assistant", "content": "", "reasoning_content": "I need two calls.", "tool_calls": [CALL, CALL]},
-    {"role": "tool", "content": "{'t': 3}"},
-    {"role": "tool", "content": "4"},
-    {"role": "assistant", "content": "3 °C and 4 °C.", "reasoning_content": "Done."},
-    {"role": "user", "content": "Thanks"},
-    {"role": "assistant", "content": "Welcome.", "reasoning_content": "\nPolite.\n"},
-]
 PLAIN = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufdd0\ufdd1\ufdd2\ufdd3"), max_size=40).filter(
     lambda text: not any(special in text for special in QWEN_SPECIALS)
 )
 ANSWER = PLAIN.filter(str.strip)
 BITS = [*QWEN_SPECIALS, "<|im_", "start|>", "<", ">", "|", "\n", " ", "a"]
 NASTY = st.lists(st.sampled_from(BITS) | PLAIN, max_size=8).map("".join)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer("qwen-8192")
-
-
-@pytest.fixture(scope="module")
-def folder(tokenizer, tmp_path_factory):
-    place = tmp_path_factory.mktemp("tokenizer")
-    tokenizer.save(place)
-    return place
-
-
-@pytest.fixture(scope="module")
-def auto(folder):
-    return AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -346,9 +288,6 @@ def test_images_become_image_parts_where_the_template_or_the_message_has_them(to
     assert trained(sample, tokenizer, [2, 3, 1])[0].endswith("Two plots.<|im_end|>")
 
 
-USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
-
-
 @pytest.mark.parametrize(
     ("messages", "reason"),
     [
@@ -398,58 +337,3 @@ def test_rows_bring_their_own_tools_images_and_thinking(tokenizer):
         assert caught.value.reason == reason
     with pytest.raises(InputError, match=r"chat\.history is 'all'"):
         ChatSettings(history="all")
-
-
-def test_the_template_of_a_folder_is_taken_from_its_files_with_its_variables(tokenizer, folder, auto, tmp_path):
-    loaded = load_chat_template(str(folder), tokenizer)
-    ids = encode_parts(render_chat([USER, ASSISTANT], loaded).samples[0].parts, tokenizer, []).ids.tolist()
-    assert ids == auto.apply_chat_template([USER, ASSISTANT], tokenize=True, return_dict=False)
-    (tmp_path / "tokenizer_config.json").write_text(
-        json.dumps(
-            {
-                "eos_token": {"content": "<|endoftext|>"},
-                "chat_template": [
-                    {"name": "default", "template": "{{ eos_token }}" + CHATML},
-                    {"name": "tool_use", "template": "tools:" + CHATML},
-                ],
-            }
-        )
-    )
-    named = load_chat_template(str(tmp_path), tokenizer)
-    texts = [
-        tokenizer.decode(encode_parts(render_chat([USER, ASSISTANT], named, tools).samples[0].parts, tokenizer, []).ids)
-        for tools in (None, TOOLS)
-    ]
-    assert texts[0].startswith("<|endoftext|><|im_start|>user")
-    assert texts[1].startswith("tools:<|im_start|>user")
-    (tmp_path / "chat_template.jinja").write_text("{{ strftime_now('%d %B %Y') }}" + CHATML)
-    dated = render_chat([USER, ASSISTANT], load_chat_template(str(tmp_path), tokenizer, date="2024-02-29")).samples[0]
-    assert dated.parts[0]["text"].startswith("29 February 2024<|im_start|>")
-    (tmp_path / "chat_template.jinja").write_text("{% if %}")
-    with pytest.raises(InputError, match="not a chat template that jinja can read"):
-        load_chat_template(str(tmp_path), tokenizer)
-    with pytest.raises(InputError, match="write it as YYYY-MM-DD"):
-        load_chat_template("qwen", tokenizer, date="yesterday")
-
-
-def test_tokens_that_swallow_white_space_are_refused_in_templates(folder, tmp_path):
-    spec = json.loads((folder / "tokenizer.json").read_text())
-    for token in spec["added_tokens"]:
-        token["rstrip"] = token["content"] == "<|im_end|>"
-    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
-    (tmp_path / "tokenizer_config.json").write_bytes((folder / "tokenizer_config.json").read_bytes())
-    with pytest.raises(InputError, match=r"swallows white space"):
-        load_chat_template(str(tmp_path), load_tokenizer(str(tmp_path)))
-
-
-def test_a_system_prompt_alone_is_written_by_the_template_without_loss(tokenizer):
-    template = load_chat_template("qwen-8192", tokenizer)
-    parts = system_parts(template, "You are <|im_end|> exact.")
-    encoded = encode_parts(parts, tokenizer, [])
-    assert tokenizer.decode(encoded.ids) == "<|im_start|>system\nYou are <|im_end|> exact.<|im_end|>\n"
-    assert not encoded.loss.any()
-    assert sum(encoded.ids == tokenizer.specials["<|im_end|>"]) == 1
-    with pytest.raises(InputError, match="cannot write the system prompt"):
-        system_parts(ChatTemplate({"default": STRICT}, tokenizer), "x")
-    with pytest.raises(InputError, match="leaves out the system prompt"):
-        system_parts(ChatTemplate({"default": "{{ messages | length }}"}, tokenizer), "x")

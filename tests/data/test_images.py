@@ -10,7 +10,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from moexpand.base.errors import InputError
 from moexpand.data.image_decode import BadImage, decode_image, image_size
-from moexpand.data.images import ImageProcessor, ImageSettings, image_ids, image_tokens
+from moexpand.data.images import ImageProcessor, ImageSettings, image_tokens
+from moexpand.data.parts import encode_parts
+from moexpand.data.tokens import load_tokenizer
 from tests.data.picture_maker import picture, saved
 
 QWEN3_VL = {
@@ -169,8 +171,8 @@ def test_planned_tokens_are_those_of_the_decoded_picture(width, height, format):
 
 def test_ids_of_a_picture_are_start_pads_end():
     assert image_tokens((1, 48, 64), 2) == 768
-    ids = image_ids((1, 48, 64), 2, vision_start=151652, image_pad=151655, vision_end=151653)
-    assert ids.dtype == np.int64
+    ids = encode_parts([{"image": "png"}], load_tokenizer("qwen"), [image_tokens((1, 48, 64), 2)]).ids
+    assert ids.dtype == np.int32
     assert ids.tolist() == [151652] + [151655] * 768 + [151653]
     with pytest.raises(InputError, match="merge_size 2"):
         image_tokens((1, 3, 4), 2)

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
 
 from moexpand.base.errors import InputError
 from moexpand.data.parts import check_parts, encode_parts, encode_text, text_part
@@ -15,23 +14,6 @@ from moexpand.data.tokens import QWEN_SPECIALS, load_tokenizer
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 WITH_SPECIALS = st.lists(TEXT | st.sampled_from([*QWEN_SPECIALS, "<|im_", "start|>", "\n", "  "])).map("".join)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer("qwen-8192")
-
-
-@pytest.fixture(scope="module")
-def folder(tokenizer, tmp_path_factory):
-    place = tmp_path_factory.mktemp("tokenizer")
-    tokenizer.save(place)
-    return place
-
-
-@pytest.fixture(scope="module")
-def auto(folder):
-    return AutoTokenizer.from_pretrained(folder)
 
 
 @settings(max_examples=100, deadline=None)

@@ -14,7 +14,6 @@ from moexpand.data.chat_template import load_chat_template
 from moexpand.data.parts import Unusable, check_parts, encode_parts
 from moexpand.data.record_templates import RecordTemplates, read_rows
 from moexpand.data.tally import Tally
-from moexpand.data.tokens import load_tokenizer
 
 FILE = """
 domains:
@@ -29,11 +28,6 @@ templates:
   note: "{name}!"
 """
 CELL = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=12)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer("qwen-8192")
 
 
 @pytest.fixture(scope="module")
