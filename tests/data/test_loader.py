@@ -105,6 +105,20 @@ def test_the_global_batch_is_the_same_for_every_number_of_ranks(data, step, rank
     assert np.array_equal(joined, np.concatenate([batch.tokens for batch in single]))
 
 
+@settings(max_examples=15, deadline=None)
+@given(switch=st.integers(0, 20), before=st.sampled_from([1, 2, 4, 8, 16, 32]), after=st.sampled_from([1, 2, 4, 8, 16, 32]))
+def test_a_run_goes_on_with_the_same_global_batches_on_any_number_of_ranks(corpus, switch, before, after):
+    """A step on some ranks and the next one, by loaders opened anew, on others: what one that never stopped gives."""
+
+    def read(step: int, ranks: int) -> list[bytes]:
+        data = PackedData(corpus, SEQ, 32, seed=1, held_out=0.1)
+        return sorted(batch.tokens.tobytes() for rank in range(ranks) for batch in data.batch(step, rank, ranks))
+
+    straight = PackedData(corpus, SEQ, 32, seed=1, held_out=0.1)
+    for step, ranks in ((switch, before), (switch + 1, after)):
+        assert read(step, ranks) == sorted(batch.tokens.tobytes() for batch in straight.batch(step))
+
+
 def test_a_step_does_not_depend_on_what_was_read_before(corpus, data):
     late = 3 * data.packs_per_epoch // BATCH + 1
     fresh = PackedData(corpus, SEQ, BATCH, seed=1, held_out=0.1).batch(late)
