@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moexpand.data.order import permutation
+from moexpand.data.spreading import spread
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,9 @@ class Plan:
         return list(zip(self.sample[span].tolist(), self.start[span].tolist(), self.length[span].tolist(), strict=True))
 
 
-def plan_window(samples: np.ndarray, lengths: np.ndarray, seq_length: int, *key: int | str) -> Plan:
+def plan_window(
+    samples: np.ndarray, lengths: np.ndarray, seq_length: int, *key: int | str, vision: np.ndarray | None = None
+) -> Plan:
     """Cut the samples of a window into chunks, pack them and shuffle the packs.
 
     Args:
@@ -42,6 +45,7 @@ def plan_window(samples: np.ndarray, lengths: np.ndarray, seq_length: int, *key:
         lengths: int64 [N], tokens of each, end-of-text token included; all positive.
         seq_length: tokens of a pack.
         key: decides the order of the packs.
+        vision: int64 [N], tokens of images of each; they are spread over the packs.
     """
     chunks = -(-lengths // seq_length)
     owner = np.repeat(np.arange(len(samples)), chunks)
@@ -49,6 +53,8 @@ def plan_window(samples: np.ndarray, lengths: np.ndarray, seq_length: int, *key:
     length = np.minimum(lengths[owner] - start, seq_length)
 
     pack, count = best_fit(length, seq_length)
+    if vision is not None and vision.any():
+        pack = spread(pack, length, vision[owner], seq_length)
     place = np.empty(count, dtype=np.int64)
     place[permutation(count, *key)] = np.arange(count)
     place = place[pack]

@@ -87,6 +87,8 @@ class PackSequence:
         order: of the N samples.
         seq_length: tokens of a pack.
         seed: decides the order of the packs of a window.
+        vision: int64 [N], tokens of images of each sample; None where there are none. They decide which pack a sample is in and
+            not how many packs there are.
         folder: where counts of packs are kept between runs; None, or a folder that cannot be written: they are counted again.
         fingerprint: of the lengths; None computes it.
     """
@@ -99,8 +101,10 @@ class PackSequence:
         seed: int,
         folder: Path | None = None,
         fingerprint: str | None = None,
+        vision: np.ndarray | None = None,
     ) -> None:
         self._lengths, self._order, self._seq_length, self._seed = lengths, order, seq_length, seed
+        self._vision = vision
         self._plans: OrderedDict[int, Plan] = OrderedDict()
         said = f"{ALGORITHM} {fingerprint or hashlib.sha256(lengths.tobytes()).hexdigest()} {order.name} {seq_length} {seed}"
         self._file = folder / f"packs-{hashlib.sha256(said.encode()).hexdigest()[:20]}.npy" if folder else None
@@ -132,7 +136,8 @@ class PackSequence:
         if number not in self._plans:
             samples = self._order.samples(epoch, window)
             key = (self._seed, epoch, window, "packs")
-            self._plans[number] = plan_window(samples, self._lengths[samples], self._seq_length, *key)
+            vision = None if self._vision is None else self._vision[samples]
+            self._plans[number] = plan_window(samples, self._lengths[samples], self._seq_length, *key, vision=vision)
             while len(self._plans) > PLANS_HELD:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(number)

@@ -209,4 +209,4 @@ class Stream:
     def _sequence(self, samples: np.ndarray, order: Order, seed: int) -> PackSequence:
         local = "://" not in self.corpus.place
         folder = Path(self.corpus.place) / PLANS_FOLDER if local else self._reading.cache
-        return PackSequence(self.lengths[samples], order, self._seq_length, seed, folder)
+        return PackSequence(self.lengths[samples], order, self._seq_length, seed, folder, vision=self.vision[samples])
