@@ -22,6 +22,7 @@ from moexpand.base.random import generator
 from moexpand.conf.check import check_calibrate
 from moexpand.conf.schema import CalibrateCommand
 from moexpand.data.loader import PackedData
+from moexpand.data.stream import Reading
 from moexpand.train.display import Display
 from moexpand.train.preflight import check_vocabulary, open_supported
 from moexpand.train.worker import work
@@ -71,6 +72,8 @@ def check(config: CalibrateCommand, world_size: int) -> Job:
         seed=config.seed,
         held_out=0.0,
         tokenizer=config.data.tokenizer,
+        # Every token is routed, whatever is trained on.
+        reading=Reading(answers_only=False),
     )
     check_vocabulary(data, config.data.shards, checkpoint.architecture)
     loss_tokens = data.loss_tokens()

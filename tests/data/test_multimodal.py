@@ -208,7 +208,9 @@ def test_conversations_train_on_their_marked_parts_alone_unless_all_text_is_aske
     assert trained == [*tokenizer.encode("A mark."), tokenizer.specials["<|im_end|>"], tokenizer.eos_id]
     assert (batch.tokens == tokenizer.specials["<|im_end|>"]).sum() == 2  # the user's is ten characters
     everything = Reading(answers_only=False)
-    (batch,) = PackedData(shards, SEQ, 1, seed=0, held_out=0.0, reading=everything).batch(0)
+    data = PackedData(shards, SEQ, 1, seed=0, held_out=0.0, reading=everything)
+    (batch,) = data.batch(0)
+    assert data.loss_tokens().tolist() == [batch.loss_mask.sum()]  # what calibration counts on
     assert batch.loss_mask.sum() == batch.cu_seqlens[1] - 1
     kept = json.loads((shards / SUMMARY).read_text())
     assert kept["shards"][0]["samples"] == 1
