@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
 def own_chunks(tokens: int, size: int, rank: int) -> list[range]:
     """Which positions of a stream of `tokens` a rank holds, in its order."""
+    assert tokens % (2 * size) == 0, f"a stream of {tokens} tokens does not split into 2 x {size} equal chunks"
     chunk = tokens // (2 * size)
     return [range(number * chunk, (number + 1) * chunk) for number in (rank, 2 * size - 1 - rank)]
 

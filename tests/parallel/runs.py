@@ -218,26 +218,30 @@ def gradient_blocks(jobs: list[Job]) -> list[tuple[list[Block], Row]]:
 
 
 def _gradient_blocks(job: Job) -> tuple[list[Block], Row]:
-    from moexpand.parallel import weights
-
     with engine(job.folder, job.layout, job.rules, job.precision) as built:
         prepare(built, clip_grad=0.0, weight_decay=0.0)
         (row,) = train(built, 0, 1, lr=0.0, replay=job.replay)
+        return held_blocks(built), row
 
-        def held(parameter: Any) -> torch.Tensor:
-            """The gradient where this data-parallel rank's share of it lies."""
-            found = torch.full_like(parameter.main_grad, torch.nan)
-            for part in built.optimizer.chained_optimizers:
-                if parameter in part.model_param_gbuf_map:
-                    span = part._get_model_param_range_map(parameter)["param"]
-                    own = slice(span.start, span.end)
-                    found.view(-1)[own] = parameter.main_grad.view(-1)[own]
-            return found
 
-        return [
-            (part.name, part.shape, part.rows, part.columns, part.local.clone().numpy())
-            for part in weights.parts(built.stages, built.shape, held)
-        ], row
+def held_blocks(built: Any) -> list[Block]:
+    """This rank's parts of all gradients of the last step."""
+    from moexpand.parallel import weights
+
+    def held(parameter: Any) -> torch.Tensor:
+        """The gradient where this data-parallel rank's share of it lies."""
+        found = torch.full_like(parameter.main_grad, torch.nan)
+        for part in built.optimizer.chained_optimizers:
+            if parameter in part.model_param_gbuf_map:
+                span = part._get_model_param_range_map(parameter)["param"]
+                own = slice(span.start, span.end)
+                found.view(-1)[own] = parameter.main_grad.view(-1)[own]
+        return found
+
+    return [
+        (part.name, part.shape, part.rows, part.columns, part.local.clone().numpy())
+        for part in weights.parts(built.stages, built.shape, held)
+    ]
 
 
 def merged(ranks: list[list[Block]]) -> dict[str, np.ndarray]:

@@ -1,6 +1,7 @@
 """Samples that share a packed stream never see each other, forward or backward."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,14 @@ import pytest
 import torch
 
 from tests.parallel import runs
-from tests.parallel.runs import Micro, relative
+from tests.parallel.runs import Block, Micro, relative
+from tests.processes import run_on_ranks
 
 SEGMENTS = [np.random.default_rng(number).integers(0, 256, length) for number, length in enumerate((9, 1, 17, 9, 2, 26))]
 MASKS = [np.random.default_rng(number).integers(0, 2, len(segment)) for number, segment in enumerate(SEGMENTS)]
 for _mask in MASKS:
     _mask[-1] = 0
+CHANGED = [*SEGMENTS[:2], (SEGMENTS[2] + 100) % 256, *SEGMENTS[3:]]
 
 
 # fp32 rounds a token's experts differently when their other rows change; in float64 a leak has nowhere to hide.
@@ -42,8 +45,7 @@ def test_logits_of_a_packed_batch_are_those_of_its_samples_alone(engine: Any) ->
 
 
 def test_changing_one_sample_leaves_its_neighbours_logits_as_they_are(engine: Any) -> None:
-    changed = [*SEGMENTS[:2], (SEGMENTS[2] + 100) % 256, *SEGMENTS[3:]]
-    before, after = _logits(engine, SEGMENTS), _logits(engine, changed)
+    before, after = _logits(engine, SEGMENTS), _logits(engine, CHANGED)
     own = slice(10, 27)
     assert np.abs(before[own] - after[own]).max() > 0.1
     assert np.abs(np.delete(before, own, 0) - np.delete(after, own, 0)).max() <= engine.bound
@@ -84,3 +86,66 @@ def test_segments_of_the_same_length_and_of_different_lengths_agree(engine: Any)
     equal = _logits(engine, list(rows))
     mixed = _logits(engine, [*rows, np.array([3, 4])])[:48]
     assert np.abs(equal - mixed).max() <= engine.bound
+
+
+@dataclass(frozen=True)
+class Split:
+    """A rank's findings, segments split over two context-parallel ranks; `blocks` and the rest: of samples alone, then packed."""
+
+    alone: np.ndarray
+    packed: np.ndarray
+    changed: np.ndarray
+    blocks: list[list[Block]]
+    losses: list[float]
+    tokens: list[int]
+
+
+def _padded(segments: list[np.ndarray], masks: list[np.ndarray]) -> Micro:
+    """With a segment of padding behind them, so that the stream splits into four equal chunks."""
+    padding = 4 - sum(map(len, segments)) % 4
+    return Micro([*segments, np.zeros(padding, dtype=np.int64)], [*masks, np.zeros(padding)])
+
+
+def _padded_logits(engine: Any, segments: list[np.ndarray]) -> np.ndarray:
+    (found,), _ = engine.logits(runs.on_device([_padded(segments, [np.ones(len(segment)) for segment in segments])]))
+    return found[: sum(map(len, segments))].numpy()
+
+
+def split_over_two(parent: Path, precision: str, layout: dict[str, Any]) -> Split:
+    """Logits [T, V], gradients and losses on this rank."""
+    with runs.engine(parent, layout, {"gradient": "ste"}, precision, shape={"router_n_groups": 4}) as built:
+        runs.prepare(built, clip_grad=0.0, weight_decay=0.0)
+        alone = np.concatenate([_padded_logits(built, [segment]) for segment in SEGMENTS])
+        packed, changed = _padded_logits(built, SEGMENTS), _padded_logits(built, CHANGED)
+        blocks, losses, tokens = [], [], []
+        for micro in [*(([segment], [mask]) for segment, mask in zip(SEGMENTS, MASKS, strict=True)), (SEGMENTS, MASKS)]:
+            report = built.step(runs.on_device([_padded(*micro)]), 0.0)
+            blocks.append(runs.held_blocks(built))
+            losses.append(report.loss)
+            tokens.append(report.tokens)
+        return Split(alone, packed, changed, blocks, losses, tokens)
+
+
+@pytest.mark.parametrize("layout", [{"context": 2}, {"context": 2, "expert": 2}], ids=["CP2", "CP2 EP2"])
+def test_segments_split_over_context_ranks_are_their_samples_alone(engine: Any, parent: Path, layout: dict[str, Any]) -> None:
+    """Logits, gradients and neighbours' independence through the whole engine; samples alone on the same ranks and on one."""
+    bound = engine.bound
+    one_rank = np.concatenate([_logits(engine, [segment]) for segment in SEGMENTS])
+    whole, _ = runs.gradients(engine, [Micro(SEGMENTS, MASKS)])
+    precision = next(name for name, value in BOUNDS.items() if value == bound)
+    ranks = run_on_ranks(split_over_two, 2, parent, precision, layout)
+    own = slice(10, 27)
+    for rank in ranks:
+        for found in (rank.alone, rank.packed):
+            assert np.abs(found - one_rank).max() <= bound
+        assert np.abs(rank.packed[own] - rank.changed[own]).max() > 0.1
+        assert np.abs(np.delete(rank.packed, own, 0) - np.delete(rank.changed, own, 0)).max() <= bound
+        assert sum(rank.tokens[:-1]) == rank.tokens[-1] == sum(int(mask.sum()) for mask in MASKS)
+        weighted = sum(loss * count for loss, count in zip(rank.losses[:-1], rank.tokens[:-1], strict=True))
+        assert weighted / rank.tokens[-1] == pytest.approx(rank.losses[-1], rel=max(bound, 2e-7))
+    *alone, packed = (runs.merged([rank.blocks[step] for rank in ranks]) for step in range(len(SEGMENTS) + 1))
+    for name, value in packed.items():
+        due = sum(each[name].astype(np.float64) * count for each, count in zip(alone, ranks[0].tokens, strict=False))
+        assert relative(value * ranks[0].tokens[-1], due) <= max(bound, 2e-7), name
+        assert relative(value, whole[name].reshape(value.shape)) <= max(bound, 2e-7), name
+    assert len(packed) == len(whole)
