@@ -1,7 +1,7 @@
 """Pictures to patches: ours against transformers' `Qwen2VLImageProcessorPil`, same pictures, same bits, taking turns.
 
-Parts: `process` (a decoded picture to float32 and to uint8 patches; of a size that has to be resampled and of one that has not;
-beside it Pillow's bicubic alone, which both must do: the floor), `decode` (bytes to RGB: ours against `Image.open` and
+Parts: `process` (a decoded picture to normalised patches and to those of bytes; of a size that has to be resampled and of one that
+has not; beside it Pillow's bicubic alone, which both must do: the floor), `decode` (bytes to RGB: ours against `Image.open` and
 transformers' conversion) and `plan` (tokens of a million sizes against the scalar). Medians, minima and maxima of processor time,
 which neighbours on a shared machine disturb least; ratios are of medians of the same run. Bits are compared before anything is
 timed. `python bench/images.py [rounds=15]`; all of it is single-threaded.
@@ -69,13 +69,13 @@ def bench_process(rounds: int) -> None:
     ours = ImageProcessor(settings)
     for name, (width, height) in SIZES.items():
         image = picture(width, height)
-        if theirs(image)["pixel_values"].tobytes() != ours.process(image)[0].tobytes():
+        if theirs(image)["pixel_values"].tobytes() != ours.normalise(ours.process(image)[0]).tobytes():
             raise SystemExit(f"The patches of {name} differ: nothing was timed.")
         new_height, new_width = settings.smart_resize(height, width)
         runs = {
             "transformers": lambda image=image: theirs(image),
-            "ours, float32": lambda image=image: ours.process(image),
-            "ours, uint8": lambda image=image: ours.process(image, dtype=np.uint8),
+            "ours, normalised here": lambda image=image: ours.normalise(ours.process(image)[0]),
+            "ours, bytes for the device": lambda image=image: ours.process(image),
             "resampling alone": lambda image=image, to=(new_width, new_height): image.resize(to, Image.Resampling.BICUBIC),
         }
         show(f"process, {name}", interleaved(runs, max(3, rounds // 3) if width > 2000 else rounds), "transformers")

@@ -1,7 +1,8 @@
 """The loader against plain webdataset on the same shards, and what planning, seeking and sharing cost; one process, in turns.
 
 `python bench/loader.py [rounds [shards]]`: prints medians and ratios; with a folder of shards also how full its packs are and how
-equal the ranks' tokens of images.
+equal the ranks' tokens of images. Packs with pictures are compared with transformers' picture processor, which a user of
+webdataset would take, on the same bits, and with our own in its place: what then differs is reading and packing alone.
 """
 
 import statistics
@@ -9,17 +10,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from itertools import islice
+from functools import partial
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import transformers
 import webdataset
 from PIL import Image
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from moexpand.base.files import write_json
 from moexpand.data.dataset import SUMMARY, Corpus, summary_of
 from moexpand.data.image_decode import decode_image
-from moexpand.data.images import ImageProcessor, ImageSettings
+from moexpand.data.images import ImageProcessor, ImageSettings, image_tokens
 from moexpand.data.loader import PackedData
 from moexpand.data.planning import WINDOW, PackSequence, SampleOrder
 from moexpand.data.shards import Sample, cached_tokenizer, write_shard
@@ -28,6 +33,13 @@ from moexpand.data.stream import Reading
 TOKENIZER = "qwen-8192"
 SEQ, BATCH = 4096, 8
 IMAGES = ImageSettings(max_pixels=512 * 512)
+OURS = ImageProcessor(IMAGES)
+THEIRS: Any = Qwen2VLImageProcessorPil(
+    patch_size=IMAGES.patch_size,
+    size={"shortest_edge": IMAGES.min_pixels, "longest_edge": IMAGES.max_pixels},
+    image_mean=list(IMAGES.image_mean),
+    image_std=list(IMAGES.image_std),
+)
 
 
 def write_set(folder: Path, samples: list[Sample], shard_samples: int) -> None:
@@ -64,71 +76,105 @@ def tars(folder: Path) -> list[str]:
     return [str(path) for path in sorted(folder.glob("*.tar"))]
 
 
-def theirs_read(folder: Path) -> Iterator[None]:
+Pixels = Callable[[bytes], tuple[np.ndarray, int]]
+"""A picture's patches, and its tokens."""
+
+
+def theirs_read(folder: Path) -> Iterator[int]:
     """webdataset: shuffled shards and a shuffle buffer of 1,000; texts as strings."""
     for sample in webdataset.WebDataset(tars(folder), shardshuffle=100, seed=0).shuffle(1000):
         sample["txt"].decode()
-        yield None
+        yield 1
 
 
-def ours_read(folder: Path) -> Iterator[None]:
+def ours_read(folder: Path) -> Iterator[int]:
     """Ours: every sample in the order of an epoch, each member checked against its CRC32."""
     corpus = Corpus(folder)
     for sample in SampleOrder(len(corpus), 0).samples(0, 0).tolist():
         corpus.text(sample)
-        yield None
+        yield 1
 
 
-def theirs_pack(folder: Path) -> Iterator[None]:
-    """webdataset, the same tokenizer and picture processor; samples are concatenated and cut into packs."""
-    tokenizer, processor = cached_tokenizer(TOKENIZER), ImageProcessor(IMAGES)
+def transformers_pixels(content: bytes) -> tuple[np.ndarray, int]:
+    """Normalised patches and tokens of a picture, by Pillow and transformers."""
+    made = THEIRS(Image.open(BytesIO(content)), return_tensors="np")
+    return made["pixel_values"], int(made["image_grid_thw"].prod()) // IMAGES.merge_size**2
+
+
+def our_pixels(content: bytes) -> tuple[np.ndarray, int]:
+    """Patches as bytes, and tokens of a picture."""
+    patches, grid = OURS.process(decode_image(content))
+    return patches, image_tokens(grid, IMAGES.merge_size)
+
+
+def theirs_pack(folder: Path, pixels_of: Pixels = our_pixels) -> Iterator[int]:
+    """webdataset and the same tokenizer; samples, with a token for each block of patches, are concatenated and cut into packs."""
+    tokenizer = cached_tokenizer(TOKENIZER)
     held: list[int] = []
     pixels: list[np.ndarray] = []
     for sample in webdataset.WebDataset(tars(folder), shardshuffle=100, seed=0).shuffle(1000):
         if "png" in sample:
-            pixels.append(processor.process(decode_image(sample["png"]))[0])
+            patches, tokens = pixels_of(sample["png"])
+            pixels.append(patches)
+            held += [tokenizer.eos_id] * tokens
         held += [*tokenizer.encode(sample["txt"].decode()), tokenizer.eos_id]
-        if len(held) >= SEQ:
+        while len(held) >= SEQ:
             np.array(held[:SEQ])
             held = held[SEQ:]
             if pixels:
                 np.concatenate(pixels)
                 pixels = []
-        yield None
+        yield 1
 
 
-def ours_pack(folder: Path) -> Iterator[None]:
-    """Ours: whole micro-batches with labels, masks, positions and boundaries."""
+def ours_pack(folder: Path, normalised: bool = False) -> Iterator[int]:
+    """Ours: whole micro-batches with labels, masks, positions and boundaries; pictures as bytes, or normalised on the CPU."""
     pictures = folder.name == "pictures"
     data = PackedData(folder, SEQ, BATCH, 0, held_out=0.0, reading=Reading(images=IMAGES if pictures else None))
     step = 0
     while True:
-        for batch in data.batch(step):
-            yield from [None] * int((np.diff(batch.cu_seqlens) > 1).sum() - 1)
+        batches = data.batch(step)
+        if normalised:
+            for batch in batches:
+                if batch.patches is not None:
+                    OURS.normalise(batch.patches)
+        # A segment without a token to predict is a pack's padding.
+        yield sum(int((np.add.reduceat(batch.loss_mask, batch.cu_seqlens[:-1]) > 0).sum()) for batch in batches)
         step += 1
 
 
-def rate(read: Callable[[Path], Iterator[None]], folder: Path, samples: int) -> float:
-    """Samples a second of one pass, opening included."""
+def rate(read: Callable[[Path], Iterator[int]], folder: Path, samples: int) -> float:
+    """Samples a second until at least so many are ready, opening included."""
     began = time.perf_counter()
-    count = sum(1 for _ in islice(read(folder), samples))
+    count = 0
+    for made in read(folder):
+        count += made
+        if count >= samples:
+            break
     return count / (time.perf_counter() - began)
 
 
 def compare(rounds: int, folder: Path) -> None:
     """Samples a second of both, interleaved."""
-    print(f"webdataset {webdataset.__version__}, numpy {np.__version__}; one process, medians of {rounds} interleaved rounds")
+    print(
+        f"webdataset {webdataset.__version__}, transformers {transformers.__version__}, numpy {np.__version__}; one process,"
+        f" medians of {rounds} interleaved rounds"
+    )
+    texts, pictures = folder / "texts", folder / "pictures"
+    by_transformers = partial(theirs_pack, pixels_of=transformers_pixels)
     for name, ours, theirs, place, samples in (
-        ("reading texts", ours_read, theirs_read, folder / "texts", 20_000),
-        ("packs of tokens", ours_pack, theirs_pack, folder / "texts", 20_000),
-        ("packs with pictures", ours_pack, theirs_pack, folder / "pictures", 300),
+        ("reading texts", ours_read, theirs_read, texts, 20_000),
+        ("packs of tokens", ours_pack, theirs_pack, texts, 20_000),
+        ("pictures, transformers there", ours_pack, by_transformers, pictures, 300),
+        ("normalised here too", partial(ours_pack, normalised=True), by_transformers, pictures, 300),
+        ("pictures, our processor there", ours_pack, theirs_pack, pictures, 300),
     ):
         found: dict[str, list[float]] = {"ours": [], "theirs": []}
         for _ in range(rounds):
             found["ours"].append(rate(ours, place, samples))
             found["theirs"].append(rate(theirs, place, samples))
         mine, other = (statistics.median(found[which]) for which in ("ours", "theirs"))
-        print(f"{name:20s} {mine:10,.0f} samples/s   webdataset {other:10,.0f}   ratio {mine / other:.2f}x")
+        print(f"{name:30s} {mine:10,.0f} samples/s   webdataset {other:10,.0f}   ratio {mine / other:.2f}x")
 
 
 def planning(folder: Path) -> None:

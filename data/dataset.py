@@ -215,16 +215,16 @@ class Corpus:
         """Content of a member, checked against its CRC32."""
         offset, size = int(self._member_offset[member]), int(self._member_size[member])
         tar = self._names[self.shard[sample]]
-        what = f"The member {self.key[sample].decode()}.{self._member_name[member].decode()} of {self._path(self.shard[sample])}"
         try:
             content = self._storage.read_range(tar, offset, size)
         except FileNotFoundError:
             raise InputError(f"The shard {self._path(self.shard[sample])} has disappeared.") from None
+        if len(content) == size and zlib.crc32(content) == self._member_crc32[member]:
+            return content
+        what = f"The member {self.key[sample].decode()}.{self._member_name[member].decode()} of {self._path(self.shard[sample])}"
         if len(content) != size:
             raise Unreadable(f"{what} is not whole: the shard ends inside it.")
-        if zlib.crc32(content) != self._member_crc32[member]:
-            raise Unreadable(f"{what} does not have the CRC32 of its index: it is damaged.")
-        return content
+        raise Unreadable(f"{what} does not have the CRC32 of its index: it is damaged.")
 
     def _path(self, shard: int) -> str:
         return f"{self.place}/{self._names[shard]}"

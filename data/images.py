@@ -1,7 +1,8 @@
 """Pictures as Qwen3-VL and Intern-S1-Pro take them: resized to whole patches, normalised, cut into patches, counted in tokens.
 
 N patches, C = 3 channels, T = temporal_patch_size, P = patch_size, M = merge_size. Patches stand in blocks of M x M, which the
-model merges into one token; a row is [C, T, P, P], with the one frame of a picture repeated T times. Bits are those of
+model merges into one token. They travel as the bytes of the resized picture, [C, P, P] each, an eighth of what models take:
+float32 [C, T, P, P], the one frame repeated T times, which `normalise`, or `table` on a device, makes of them. Bits are those of
 transformers' `Qwen2VLImageProcessorPil`: the same Pillow resampling, and a table of its results for all 256 values.
 
 A picture's tokens follow from its height and width alone, so they are planned without reading it.
@@ -222,16 +223,14 @@ class ImageProcessor:
         neighbours = np.arange(1 << 16, dtype=np.uint16).view(np.uint8).reshape(-1, 2)
         return np.stack([row[neighbours].view(np.uint64)[:, 0] for row in self.table])
 
-    def process(self, image: Image.Image, dtype: Any = np.float32) -> tuple[np.ndarray, tuple[int, int, int]]:
+    def process(self, image: Image.Image) -> tuple[np.ndarray, tuple[int, int, int]]:
         """Patches and grid of one picture.
 
         Args:
             image: upright; any mode, converted as `to_rgb` does.
-            dtype: float32, or uint8 for a quarter of the bytes: the patches before rescaling and normalising, of which
-                `normalise`, or `table` on a device, makes the same float32 bits.
 
         Returns:
-            Patches [N, C * T * P * P] and the grid (1, patches in a column, patches in a row), whose product is N.
+            Patches, uint8 [N, C * P * P], and the grid (1, patches in a column, patches in a row), whose product is N.
 
         Raises:
             BadImage: `aspect`.
@@ -241,22 +240,21 @@ class ImageProcessor:
         image = to_rgb(image)
         if image.size != (width, height):
             image = image.resize((width, height), Image.Resampling.BICUBIC)
-        patches = self._patches(image)
-        if np.dtype(dtype) == np.uint8:
-            frames = np.repeat(patches[:, :, None], settings.temporal_patch_size, axis=2).reshape(len(patches), -1)
-        elif np.dtype(dtype) == np.float32:
-            frames = self._looked_up(patches, settings.temporal_patch_size)
-        else:
-            raise InputError(f"Patches of {np.dtype(dtype)} were asked for; they are float32 or uint8.")
-        return frames, (1, height // settings.patch_size, width // settings.patch_size)
+        return self._patches(image), (1, height // settings.patch_size, width // settings.patch_size)
 
     def normalise(self, patches: np.ndarray) -> np.ndarray:
-        """float32 patches from uint8 patches [N, C * T * P * P]: what `process` gives for float32, bit for bit."""
-        per_channel = np.ascontiguousarray(patches).reshape(len(patches), CHANNELS, -1)
-        return self._looked_up(per_channel, 1)
+        """float32 [N, C * T * P * P], transformers' `pixel_values`, from uint8 patches [N, C * P * P] of one or more pictures."""
+        pairs = np.ascontiguousarray(patches).reshape(len(patches), CHANNELS, -1).view(np.uint16)
+        frames = self.settings.temporal_patch_size
+        out = np.empty((len(pairs), CHANNELS, frames, pairs.shape[2]), np.uint64)
+        for start in range(0, len(pairs), BLOCK):
+            block = slice(start, start + BLOCK)
+            for channel in range(CHANNELS):
+                out[block, channel] = self._pairs[channel][pairs[block, channel]][:, None]
+        return out.view(np.float32).reshape(len(pairs), -1)
 
     def _patches(self, image: Image.Image) -> np.ndarray:
-        """uint8 [N, C, P * P] of one frame."""
+        """uint8 [N, C * P * P]"""
         P, M = self.settings.patch_size, self.settings.merge_size
         down, across = image.height // (P * M), image.width // (P * M)
         row = np.dtype((np.void, P))  # a patch's row of pixels is moved as one item
@@ -264,17 +262,7 @@ class ImageProcessor:
         for channel, band in enumerate(image.split()):
             rows = np.asarray(band).view(row).reshape(down, M, P, across, M)
             patches[:, :, :, :, channel] = rows.transpose(0, 3, 1, 4, 2)
-        return patches.view(np.uint8).reshape(-1, CHANNELS, P * P)
-
-    def _looked_up(self, values: np.ndarray, repeats: int) -> np.ndarray:
-        """float32 [N, C * repeats * K] of uint8 [N, C, K], K even."""
-        pairs = values.view(np.uint16)
-        out = np.empty((len(pairs), CHANNELS, repeats, pairs.shape[2]), np.uint64)
-        for start in range(0, len(pairs), BLOCK):
-            block = slice(start, start + BLOCK)
-            for channel in range(CHANNELS):
-                out[block, channel] = self._pairs[channel][pairs[block, channel]][:, None]
-        return out.view(np.float32).reshape(len(pairs), -1)
+        return patches.view(np.uint8).reshape(-1, CHANNELS * P * P)
 
 
 def image_tokens(grid: tuple[int, int, int], merge_size: int) -> int:

@@ -46,7 +46,8 @@ class MicroBatch:
     cu_seqlens: np.ndarray
     """int32 [segments + 1], first token of every segment and, last, T"""
     patches: np.ndarray | None = None
-    """float32 [P, values of a patch] of all images in the order of their tokens; None without images"""
+    """uint8 [P, channels * side * side] of all images in the order of their tokens, for `ImageProcessor.normalise` or its table
+    on a device; None without images"""
     grids: np.ndarray | None = None
     """int64 [images, 3]: time, height and width of each in patches"""
 

@@ -48,7 +48,7 @@ class Encoded:
     loss: np.ndarray
     """bool [n], whether a token is to be predicted"""
     patches: tuple[np.ndarray, ...] = ()
-    """float32 [patches of an image, values of a patch], one array an image"""
+    """uint8 [patches of an image, channels * side * side], one array an image"""
     grids: tuple[tuple[int, int, int], ...] = ()
 
 
@@ -176,10 +176,10 @@ class Stream:
             encoded = encode_parts(
                 content.parts, self._tokenizer, [image_tokens(grid, processor.settings.merge_size) for grid in grids]
             )
-        ids = np.append(encoded.ids, self._tokenizer.eos_id).astype(np.int32)
-        if len(ids) != self.lengths[sample]:
+        count = len(encoded.ids)
+        if count + 1 != self.lengths[sample]:
             raise InputError(
-                f"The sample {self.corpus.name(sample)} has {len(ids) - 1} tokens, and its index says"
+                f"The sample {self.corpus.name(sample)} has {count} tokens, and its index says"
                 f" {self.lengths[sample] - 1}; build the shards again."
             )
         trained = encoded.loss
@@ -187,8 +187,11 @@ class Stream:
             trained = np.ones_like(encoded.loss)
             for begin, end in encoded.image_spans:
                 trained[begin - 1 : end + 1] = False
+        ids, loss = np.empty(count + 1, np.int32), np.empty(count + 1, bool)
+        ids[:count], ids[count] = encoded.ids, self._tokenizer.eos_id
         # The end of the text is to be predicted where what comes before it is.
-        return Encoded(ids, np.append(trained, trained[-1:]), tuple(patches), tuple(grids))
+        loss[:count], loss[count] = trained, trained[-1]
+        return Encoded(ids, loss, tuple(patches), tuple(grids))
 
     def _vision(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """int64 [samples]: tokens for images, number of images, and how many of them have a shape that no model takes."""

@@ -47,7 +47,10 @@ def test_patches_and_grid_have_transformers_bits_at_every_size(width, height):
     settings = ImageSettings()
     image = picture(width, height)
     expected = theirs(settings)(image)
-    patches, grid = ImageProcessor(settings).process(image)
+    processor = ImageProcessor(settings)
+    raw, grid = processor.process(image)
+    assert (raw.dtype, raw.shape) == (np.uint8, (np.prod(grid), 3 * 16 * 16))
+    patches = processor.normalise(raw)
     assert patches.dtype == np.float32
     assert patches.tobytes() == expected["pixel_values"].tobytes()
     assert patches.shape == expected["pixel_values"].shape
@@ -61,7 +64,8 @@ MODES = ["RGB", "RGBA", "RGBX", "L", "LA", "P", "PA", "P+transparency", "1", "CM
 def test_patches_have_transformers_bits_in_every_mode(mode):
     image = picture(100, 70, "RGB" if mode == "HSV" else mode).convert("HSV") if mode == "HSV" else picture(100, 70, mode)
     expected = theirs(SMALL)(image)["pixel_values"]
-    assert ImageProcessor(SMALL).process(image)[0].tobytes() == expected.tobytes()
+    processor = ImageProcessor(SMALL)
+    assert processor.normalise(processor.process(image)[0]).tobytes() == expected.tobytes()
 
 
 @settings(max_examples=60, deadline=None)
@@ -76,7 +80,7 @@ def test_patches_have_transformers_bits_in_every_mode(mode):
     rescale=st.sampled_from([1 / 255, 1 / 256, 0.00392156862745098]),
     seed=st.integers(0, 9),
 )
-def test_any_settings_give_transformers_bits_as_float32_and_after_the_table(
+def test_any_settings_give_transformers_bits_normalised_here_or_by_the_table(
     width, height, patch, merge, frames, mean, std, rescale, seed
 ):
     settings = ImageSettings(patch, merge, frames, 3000, 40_000, mean, std, rescale)
@@ -89,20 +93,12 @@ def test_any_settings_give_transformers_bits_as_float32_and_after_the_table(
             theirs(settings)(image)
         return
     expected = theirs(settings)(image)
-    patches, grid = processor.process(image)
-    assert patches.tobytes() == expected["pixel_values"].tobytes()
+    raw, grid = processor.process(image)
+    assert processor.normalise(raw).tobytes() == expected["pixel_values"].tobytes()
     assert grid == tuple(expected["image_grid_thw"][0])
-    raw, raw_grid = processor.process(image, dtype=np.uint8)
-    assert (raw.dtype, raw.shape, raw_grid) == (np.uint8, patches.shape, grid)
-    assert processor.normalise(raw).tobytes() == patches.tobytes()
-    # what a device does with the table: channel by channel
-    channels = np.repeat(np.arange(3), frames * patch * patch)
-    assert processor.table[channels, raw].tobytes() == patches.tobytes()
-
-
-def test_an_unknown_dtype_is_refused():
-    with pytest.raises(InputError, match="float32 or uint8"):
-        ImageProcessor(SMALL).process(picture(64, 64), dtype=np.float16)
+    # what a device does with the table: channel by channel, the frame repeated
+    repeated = np.repeat(raw.reshape(len(raw), 3, 1, patch * patch), frames, axis=2)
+    assert processor.table[np.arange(3)[:, None, None], repeated].tobytes() == expected["pixel_values"].tobytes()
 
 
 # ---------------------------------------------------------------- tokens from sizes
@@ -165,7 +161,7 @@ def test_planned_tokens_are_those_of_the_decoded_picture(width, height, format):
         with pytest.raises(BadImage, match="200 times"):
             ImageProcessor(SMALL).process(decode_image(content))
         return
-    patches, grid = ImageProcessor(SMALL).process(decode_image(content), dtype=np.uint8)
+    patches, grid = ImageProcessor(SMALL).process(decode_image(content))
     assert planned == image_tokens(grid, SMALL.merge_size) == len(patches) // 4
 
 
@@ -201,8 +197,9 @@ def test_a_checkpoints_settings_give_the_bits_of_the_processor_that_transformers
     write(tmp_path, fields)
     image = picture(190, 140)
     expected = Qwen2VLImageProcessorPil.from_pretrained(tmp_path)(image)
-    patches, grid = ImageProcessor(ImageSettings.from_checkpoint(tmp_path)).process(image)
-    assert patches.tobytes() == expected["pixel_values"].tobytes()
+    processor = ImageProcessor(ImageSettings.from_checkpoint(tmp_path))
+    patches, grid = processor.process(image)
+    assert processor.normalise(patches).tobytes() == expected["pixel_values"].tobytes()
     assert grid == tuple(expected["image_grid_thw"][0])
 
 

@@ -15,7 +15,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from moexpand.base.errors import InputError
 from moexpand.base.files import write_json
 from moexpand.data.dataset import SUMMARY, summary_of
-from moexpand.data.images import ImageSettings
+from moexpand.data.images import ImageProcessor, ImageSettings
 from moexpand.data.loader import MicroBatch, PackedData
 from moexpand.data.parts import Part
 from moexpand.data.shards import Sample, write_shard
@@ -131,7 +131,7 @@ def test_a_sample_with_pictures_is_what_transformers_makes_of_it(made):
         for begin, end in zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True):
             mine += pixels.get(tuple(batch.tokens[begin:end].tolist()), [])
         if mine:
-            assert np.array_equal(batch.patches, np.concatenate(mine))
+            assert np.array_equal(ImageProcessor(IMAGES).normalise(batch.patches), np.concatenate(mine))
             assert batch.grids.prod(axis=1).tolist() == [len(patches) for patches in mine]
         else:
             assert batch.patches is None
