@@ -24,10 +24,10 @@ from moexpand.base.errors import EnvironmentFailure, InputError
 from moexpand.base.files import disk_errors, sha256, write_json
 from moexpand.data.captioner import CaptionerSettings
 from moexpand.data.dataset import SUMMARY, summary_of
+from moexpand.data.document import COUNTS
 from moexpand.data.filters import Thresholds
 from moexpand.data.ledger import Ledger
 from moexpand.data.near_duplicates import NearLimits
-from moexpand.data.pdf import COUNTS
 from moexpand.data.sandbox import MEMORY_BYTES, run_jobs
 from moexpand.data.scorer import ScorerSettings
 from moexpand.data.selection import Asked, Unit, captioned, counted, refused, samples_of, scored

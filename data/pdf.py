@@ -4,7 +4,6 @@
 memory. What is refused here is refused with a reason that is counted; forms and scripts are never initialised.
 """
 
-import json
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -14,6 +13,16 @@ from typing import Any
 import pypdfium2 as pdfium
 import pypdfium2.raw as raw
 
+from moexpand.data.document import (
+    MAX_PAGES,
+    MIN_EQUATION_POINTS,
+    PdfLimits,
+    Refused,
+    equation_pattern,
+    figure_pattern,
+    mentions_of,
+    write_result,
+)
 from moexpand.data.pdf_captions import Caption, find_captions
 from moexpand.data.pdf_crop import crop
 from moexpand.data.pdf_equations import Equation, find_equations
@@ -23,28 +32,6 @@ from moexpand.data.pdf_paragraphs import Text, count_words, join_text, running_t
 from moexpand.data.pdf_regions import find_regions
 from moexpand.data.pdf_text import Box
 from moexpand.data.tally import Tally
-
-RECORDS = "records.jsonl"
-COUNTS = "counts.json"
-MAX_PAGES = 5000
-MAX_CONTEXT = 3
-"""Paragraphs that mention a figure and are kept with it."""
-MIN_EQUATION_POINTS = 4.0
-"""Smallest side of an equation's ink."""
-
-
-@dataclass(frozen=True)
-class PdfLimits:
-    """What the user may set."""
-
-    image_dpi: int = 144
-    min_figure_points: float = 36.0
-    equations: bool = False
-    """Take numbered display equations as pictures, too."""
-
-
-class Refused(Exception):
-    """The document as a whole is dropped; the text is the reason."""
 
 
 @dataclass
@@ -64,12 +51,9 @@ def extract_pdf(path: str, folder: str, limits: PdfLimits) -> None:
     Args:
         path: the PDF.
         folder: an existing, empty folder.
-        limits: resolution, smallest figure, whether equations are wanted.
+        limits: resolution, smallest figure, whether numbered display equations are wanted.
 
-    A record is {"kind": "text", "text", "page"} or {"kind": "figure" | "table" | "equation", "text", "caption", "number",
-    "page", "box", "mentions", "inner_text", "image"}; pages count from 1, boxes are points from the top left of the page as it
-    is shown. An equation has no caption, and its text is the paragraphs around it. counts.json is {"reason": why the whole
-    document is dropped, or null, "pages": tally, "figures": tally}; figures, tables and equations are counted together.
+    What the files hold is said in document.py.
     """
     out = Path(folder)
     pages_tally, figures_tally = Tally(), Tally()
@@ -79,10 +63,7 @@ def extract_pdf(path: str, folder: str, limits: PdfLimits) -> None:
         records = _extract(Path(path), out, limits, pages_tally, figures_tally)
     except Refused as refusal:
         reason = str(refusal)
-    lines = [json.dumps(record, ensure_ascii=False, sort_keys=True) for record in records]
-    (out / RECORDS).write_text("".join(line + "\n" for line in lines), encoding="utf-8", errors="replace")
-    counts = {"reason": reason, "pages": pages_tally.as_json(), "figures": figures_tally.as_json()}
-    (out / COUNTS).write_text(json.dumps(counts), encoding="utf-8")
+    write_result(out, records, reason, pages_tally, figures_tally)
 
 
 def _open(path: Path) -> pdfium.PdfDocument:
@@ -132,8 +113,7 @@ def _extract(path: Path, out: Path, limits: PdfLimits, pages_tally: Tally, figur
         source = document.pdf[page.number] if own else None
         for caption in own:
             name = f"{caption.kind}-{caption.page + 1:04d}-{re.sub('[^0-9A-Za-z]', '_', caption.number)}.png"
-            # A table of three rows is flat and still a table.
-            smallest = limits.min_figure_points * (0.5 if caption.kind == "table" else 1.0)
+            smallest = limits.smallest(caption.kind)
             if _crop(source, page, caption.region, limits.image_dpi, smallest, out / name, figures_tally):
                 inner = " ".join(line.text for line in page.lines if caption.region and _holds(caption.region, line.box))
                 kept.append((caption, name, inner))
@@ -143,10 +123,11 @@ def _extract(path: Path, out: Path, limits: PdfLimits, pages_tally: Tally, figur
         _remove_figures(page, own)
     texts = running_text(document.pages, document.columns, document.words)
     records = [{"kind": "text", "page": text.page + 1, "text": text.text} for text in texts]
+    paragraphs = [text.text for text in texts]
     pages = {page.number: page for page in document.pages}
     for caption, image, inner in kept:
         text = join_text([line.text for line in caption.lines], document.words)
-        mentions = _mentions(caption.number, _pattern(caption), texts)
+        mentions = mentions_of(caption.number, figure_pattern(caption.label, caption.number), paragraphs)
         box = pages[caption.page].as_shown(caption.region or caption.box)
         records.append(_record(caption.kind, [text, *mentions], text, caption.number, caption.page, box, mentions, inner, image))
     if limits.equations:
@@ -182,8 +163,7 @@ def _equations(
         name = f"equation-{page.number + 1:04d}-{re.sub('[^0-9A-Za-z]', '_', equation.number)}.png"
         if not _crop(source, page, equation.region, limits.image_dpi, MIN_EQUATION_POINTS, out / name, tally):
             continue
-        pattern = re.compile(rf"\b(?:Eqs?\.|Equations?)\s*\(?{re.escape(equation.number)}(?![\d.]\d)\)?", re.I)
-        mentions = _mentions(equation.number, pattern, texts)
+        mentions = mentions_of(equation.number, equation_pattern(equation.number), [text.text for text in texts])
         context = list(dict.fromkeys([*equation.context, *mentions]))
         box = page.as_shown(equation.region)
         records.append(_record("equation", context, "", equation.number, page.number, box, mentions, equation.inner_text, name))
@@ -221,14 +201,3 @@ def _remove_figures(page: Page, captions: list[Caption]) -> None:
     page.lines = [
         line for line in page.lines if id(line) not in taken and not any(_holds(region, line.box) for region in regions)
     ]
-
-
-def _pattern(caption: Caption) -> re.Pattern[str]:
-    """How running text speaks of a figure or table by its number."""
-    words = {"fig": r"Fig(?:ure|\.)?s?", "tab": r"Tab(?:le|\.)?s?", "scheme": r"Schemes?"}
-    return re.compile(rf"\b{words[caption.label]}\s*{re.escape(caption.number)}(?![\d]|\.\d)", re.I)
-
-
-def _mentions(number: str, pattern: re.Pattern[str], texts: list[Text]) -> list[str]:
-    """Paragraphs in which a pattern with a number is found."""
-    return [text.text for text in texts if number in text.text and pattern.search(text.text)][:MAX_CONTEXT]

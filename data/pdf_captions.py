@@ -35,7 +35,7 @@ class Caption:
     @property
     def label(self) -> str:
         """The word before the number, without its end: fig, scheme or tab."""
-        return _word(self.lines[0].text)
+        return label_of(self.lines[0].text)[0]
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,13 @@ def union(boxes: list[Box]) -> Box:
     return (min(b[0] for b in boxes), min(b[1] for b in boxes), max(b[2] for b in boxes), max(b[3] for b in boxes))
 
 
-def _word(text: str) -> str:
+def label_of(text: str) -> tuple[str, str]:
+    """(fig, scheme or tab, number) with which a caption begins; two empty strings where it does not begin so."""
     match = CAPTION.match(text)
-    word = match.group(1).lower() if match else ""
-    return "scheme" if word == "scheme" else word[:3]
+    if match is None:
+        return "", ""
+    word = match.group(1).lower()
+    return ("scheme" if word == "scheme" else word[:3]), match.group(2)
 
 
 def find_captions(pages: list[Page], columns: dict[int, float | None], style: Style) -> list[Caption]:
@@ -85,7 +88,7 @@ def find_captions(pages: list[Page], columns: dict[int, float | None], style: St
             line = candidate.page.lines[candidate.place]
             # Each part of a figure or table that goes on has a caption of its own.
             part = str(candidate.page.number) if CONTINUED.search(_row_text(candidate.page, line)) else ""
-            key = (_word(line.text), candidate.number, part)
+            key = (label_of(line.text)[0], candidate.number, part)
             if candidate.style[0] == mark and key not in taken:
                 taken.add(key)
                 lines = caption_lines(candidate.page, candidate.place, columns[candidate.page.number])

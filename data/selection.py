@@ -11,10 +11,10 @@ from typing import Any
 
 from moexpand.data.caption_prompts import topic_of
 from moexpand.data.captioner import CaptionerSettings, CaptionJob, caption_all
+from moexpand.data.document import RECORDS
 from moexpand.data.filters import Thresholds, drop_reason
 from moexpand.data.ledger import Ledger
 from moexpand.data.near_duplicates import NearLimits, near_duplicate_drops
-from moexpand.data.pdf import RECORDS
 from moexpand.data.scorer import ScorerSettings, score_all
 from moexpand.data.shards import Sample
 from moexpand.data.sources import SourceFile

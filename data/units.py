@@ -19,10 +19,11 @@ from typing import IO, Any
 from moexpand.base.errors import InputError
 from moexpand.data.chat import ChatSettings, chat_row
 from moexpand.data.chat_template import ChatTemplate, load_chat_template
+from moexpand.data.document import COUNTS, RECORDS, PdfLimits
 from moexpand.data.image_decode import BadImage, image_size
 from moexpand.data.measures import measure
 from moexpand.data.parts import Part, Unusable
-from moexpand.data.pdf import COUNTS, RECORDS, PdfLimits, extract_pdf
+from moexpand.data.pdf import extract_pdf
 from moexpand.data.record_templates import RecordTemplates, read_rows
 from moexpand.data.shards import cached_tokenizer
 from moexpand.data.sources import SourceFile, captions_of, cut, paragraphs

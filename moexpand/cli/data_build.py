@@ -9,10 +9,10 @@ from moexpand.conf.data_schema import Captioner, DataBuildCommand
 from moexpand.data.build import BuildOptions, build_dataset
 from moexpand.data.captioner import CaptionerSettings
 from moexpand.data.chat import ChatSettings
+from moexpand.data.document import PdfLimits
 from moexpand.data.endpoint import ClientSettings, Route
 from moexpand.data.filters import Thresholds
 from moexpand.data.near_duplicates import NearLimits
-from moexpand.data.pdf import PdfLimits
 from moexpand.data.record_templates import read_templates
 from moexpand.data.scorer import PROMPT, ScorerSettings
 from moexpand.data.units import ReadOptions

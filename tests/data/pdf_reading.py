@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moexpand.data.pdf import COUNTS, RECORDS, PdfLimits, extract_pdf
+from moexpand.data.document import COUNTS, RECORDS, PdfLimits
+from moexpand.data.pdf import extract_pdf
 
 BODY = [
     "This is running text that fills the whole width of the page and goes on so that nobody takes it for",

@@ -46,7 +46,8 @@ from typing import NamedTuple
 import numpy as np
 import pypdfium2 as pdfium
 
-from moexpand.data.pdf import RECORDS, PdfLimits, extract_pdf
+from moexpand.data.document import RECORDS, PdfLimits
+from moexpand.data.pdf import extract_pdf
 from moexpand.data.sample_pdfs import fetch_documents
 
 LABELS = Path(__file__).parent / "figure_labels"

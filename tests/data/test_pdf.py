@@ -7,7 +7,7 @@ import sys
 import pytest
 from PIL import Image
 
-from moexpand.data.pdf import PdfLimits
+from moexpand.data.document import PdfLimits
 from moexpand.data.sample_pdfs import SAMPLES
 from tests.data.pdf_maker import COURIER, HELVETICA, paragraph, plot, rule, text, write_pdf
 from tests.data.pdf_reading import BODY, extract, texts_of

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moexpand.data.pdf import PdfLimits
+from moexpand.data.document import PdfLimits
 from tests.data.pdf_maker import paragraph, plot, text, write_pdf
 from tests.data.pdf_reading import BODY, extract, of_kind, texts_of
 
