@@ -82,7 +82,9 @@ class DataBuildCommand:
     """Turn PDFs and other sources into shards."""
 
     pdfs: str | None = key(None, "folder of PDF files")
-    sources: list[str] = words("jsonl, CSV, parquet and text files, folders of them, and folders of pictures with captions")
+    sources: list[str] = words(
+        "jsonl, CSV, parquet and text files, output of MinerU or docling, captioned pictures, and folders of them"
+    )
     out: str = key(MISSING, "folder to write; must not exist; a build that was stopped goes on")
     workers: int = key(0, "processes; 0 takes one a core", within="[0, inf)")
     tokenizer: str = key("qwen", "qwen, qwen-8192 or a Hugging Face folder")

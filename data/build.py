@@ -28,6 +28,7 @@ from moexpand.data.document import COUNTS
 from moexpand.data.filters import Thresholds
 from moexpand.data.ledger import Ledger
 from moexpand.data.near_duplicates import NearLimits
+from moexpand.data.parsed_files import read_along
 from moexpand.data.sandbox import MEMORY_BYTES, run_jobs
 from moexpand.data.scorer import ScorerSettings
 from moexpand.data.selection import Asked, Unit, captioned, counted, refused, samples_of, scored
@@ -41,7 +42,7 @@ Say = Callable[[str], None]
 
 READER_VERSION = 1
 """Another number reads all sources anew where a build goes on."""
-UNTRUSTED = ("pdf", "pictures")
+UNTRUSTED = ("pdf", "mineru", "docling", "pictures")
 """Formats whose decoders meet hostile files: read in processes of their own, whatever the number of workers."""
 ROWS_SECONDS, ROWS_MEMORY = 7 * 24 * 3600.0, 1 << 40
 """Limits for files of rows and text, which may be as large as they like."""
@@ -144,10 +145,13 @@ def _written_options(options: BuildOptions) -> dict[str, Any]:
 
 
 def _digest(file: SourceFile) -> str:
-    """SHA-256 of a source; of a folder of pictures, over the names and digests of its files."""
-    if file.format != "pictures":
+    """SHA-256 of a source; where it is made of several files, over their names and digests."""
+    if file.format == "pictures":
+        inside = sorted(path for path in file.path.iterdir() if path.is_file())
+    elif file.format in ("mineru", "docling"):
+        inside = [file.path, *read_along(file.path, file.format)]
+    else:
         return sha256(file.path)
-    inside = sorted(path for path in file.path.iterdir() if path.is_file())
     return hashlib.sha256(
         "".join(f"{path.name}\0{sha256(path)}\n" for path in inside).encode(errors="surrogateescape")
     ).hexdigest()

@@ -1,4 +1,4 @@
-"""Where samples come from: PDF files, rows of jsonl, CSV and parquet, plain text, pictures with captions, and folders of them."""
+"""Where samples come from: PDFs, documents that MinerU or docling parsed, rows, plain text, captioned pictures, and folders."""
 
 import hashlib
 import json
@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moexpand.base.errors import InputError
+from moexpand.data.parsed_files import came_along, named_format, parsed_format, refuse_other_list
 
 FORMATS = {
     ".pdf": "pdf",
@@ -35,7 +36,7 @@ class SourceFile:
     name: str
     """The folder that was given, and the path inside it: the same on every machine."""
     format: str
-    """pdf, rows, parquet, text, or pictures (a folder of them with captions)."""
+    """pdf, mineru, docling, rows, parquet, text, or pictures (a folder of them with captions)."""
 
     @property
     def key(self) -> str:
@@ -50,17 +51,18 @@ def list_sources(pdfs: str | None, sources: list[str]) -> list[SourceFile]:
     Args:
         pdfs: folder of PDF files, or one file.
         sources: files and folders. A file given by itself is plain text unless its name says otherwise; in folders, files of
-            other kinds are passed over. A folder with pictures of which some have a caption is one source of them, and the
+            other kinds are passed over, and so are files that came along with a document of MinerU or docling, such as its
+            Markdown. A folder with pictures of which some have a caption is one source of them, and the
             captions are no texts of their own.
 
     Raises:
-        InputError: a path does not exist, or there is nothing to read.
+        InputError: a path does not exist, there is nothing to read, or a JSON file is of a form that is not read.
     """
     found: list[SourceFile] = []
     for place, only in [(pdfs, "pdf")] * bool(pdfs) + [(source, None) for source in sources]:
         root = Path(str(place))
         if root.is_file():
-            found.append(SourceFile(root, root.name, only or FORMATS.get(root.suffix.lower(), "text")))
+            found.append(SourceFile(root, root.name, only or _format_of(root)))
         elif root.is_dir():
             found += _of_folder(root, only)
         else:
@@ -74,15 +76,34 @@ def list_sources(pdfs: str | None, sources: list[str]) -> list[SourceFile]:
 def _of_folder(root: Path, only: str | None) -> list[SourceFile]:
     files = sorted(path for path in root.rglob("*") if path.is_file())
     captions = set() if only else {caption for path in files for caption in _captions_beside(path)}
+    parsed = {} if only else _parsed(files)
+    passed = captions.union(*(came_along(path, kind) for path, kind in parsed.items()))
     found = []
     for folder in sorted({caption.parent for caption in captions}):
         inside = folder.relative_to(root).as_posix()
         found.append(SourceFile(folder, root.resolve().name + ("" if inside == "." else f"/{inside}"), "pictures"))
     for path in files:
-        kind = FORMATS.get(path.suffix.lower())
-        if kind is not None and only in (None, kind) and path not in captions:
+        kind = parsed.get(path) or FORMATS.get(path.suffix.lower())
+        if kind is not None and only in (None, kind) and path not in passed:
             found.append(SourceFile(path, f"{root.resolve().name}/{path.relative_to(root).as_posix()}", kind))
     return sorted(found, key=lambda file: file.path)
+
+
+def _format_of(path: Path) -> str:
+    """Of a file that is named by itself."""
+    ending = path.suffix.lower()
+    return named_format(path) if ending == ".json" else FORMATS.get(ending, "text")
+
+
+def _parsed(files: list[Path]) -> dict[Path, str]:
+    """The documents among the JSON files of a folder -> mineru or docling."""
+    found: dict[Path, str] = {}
+    for path in files:
+        if path.suffix.lower() == ".json":
+            refuse_other_list(path)
+            if kind := parsed_format(path):
+                found[path] = kind
+    return found
 
 
 def _captions_beside(path: Path) -> list[Path]:
@@ -112,8 +133,8 @@ def captions_of(folder: Path) -> Iterator[tuple[Path, str | None]]:
 
 
 _EXPECTED = (
-    "give a folder of PDF files as pdfs=..., or jsonl, CSV, parquet and text files or folders of pictures with captions as"
-    " sources=[...]"
+    "give a folder of PDF files as pdfs=..., or jsonl, CSV, parquet and text files, output of MinerU or docling or folders of"
+    " pictures with captions as sources=[...]"
 )
 
 

@@ -9,11 +9,10 @@ with `parts` where a sample is more than its pictures and its text, and `images`
 
 import hashlib
 import json
-import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO, Any
 
 from moexpand.base.errors import InputError
@@ -22,8 +21,11 @@ from moexpand.data.chat_template import ChatTemplate, load_chat_template
 from moexpand.data.document import COUNTS, RECORDS, PdfLimits
 from moexpand.data.image_decode import BadImage, image_size
 from moexpand.data.measures import measure
+from moexpand.data.parsed_docling import extract_docling
+from moexpand.data.parsed_mineru import extract_mineru
 from moexpand.data.parts import Part, Unusable
 from moexpand.data.pdf import extract_pdf
+from moexpand.data.picture_files import picture_inside
 from moexpand.data.record_templates import RecordTemplates, read_rows
 from moexpand.data.shards import cached_tokenizer
 from moexpand.data.sources import SourceFile, captions_of, cut, paragraphs
@@ -33,6 +35,12 @@ MEASURES = "measures.jsonl"
 REFUSED = "refused"
 LETTERS = {"text": "t", "figure": "f", "table": "f", "equation": "f", "image": "i", "chat": "c", "record": "r"}
 PARQUET_ROWS = 4096
+EXTRACTORS: dict[str, Callable[[str, str, PdfLimits], None]] = {
+    "pdf": extract_pdf,
+    "mineru": extract_mineru,
+    "docling": extract_docling,
+}
+"""Readers of documents with pages and figures, by format; see document.py."""
 
 
 @dataclass(frozen=True)
@@ -129,8 +137,8 @@ def read_unit(file: SourceFile, folder: str, options: ReadOptions) -> None:
 
 def _read(file: SourceFile, records: Records, options: ReadOptions) -> None:
     reason = None
-    if file.format == "pdf":
-        reason = _read_pdf(file, records, options)
+    if file.format in EXTRACTORS:
+        reason = _read_document(file, records, options)
     elif file.format == "text":
         _read_text(file, records, options)
     elif file.format == "pictures":
@@ -140,8 +148,8 @@ def _read(file: SourceFile, records: Records, options: ReadOptions) -> None:
     records.finish(reason)
 
 
-def _read_pdf(file: SourceFile, records: Records, options: ReadOptions) -> str | None:
-    extract_pdf(str(file.path.resolve()), str(records.folder), options.pdf)
+def _read_document(file: SourceFile, records: Records, options: ReadOptions) -> str | None:
+    EXTRACTORS[file.format](str(file.path.resolve()), str(records.folder), options.pdf)
     counts = json.loads((records.folder / COUNTS).read_text(encoding="utf-8"))
     if counts["reason"]:
         records.documents.drop(counts["reason"])
@@ -155,8 +163,9 @@ def _read_pdf(file: SourceFile, records: Records, options: ReadOptions) -> str |
     for record in found:
         if record["kind"] != "text":
             about = {key: record[key] for key in ("caption", "inner_text", "mentions") if record.get(key)}
-            meta = {key: value for key, value in record.items() if key not in ("kind", "text", "image")}
-            records.add(record["kind"], record["text"], meta, images={"png": record["image"]}, about=about)
+            meta = {key: value for key, value in record.items() if key not in ("kind", "text", "image") and value is not None}
+            images = {record["image"].rpartition(".")[2]: record["image"]}
+            records.add(record["kind"], record["text"], meta, images=images, about=about)
     return None
 
 
@@ -259,12 +268,7 @@ class _RowReader:
 
     def _image(self, name: str) -> str:
         """A picture of a row lies beside its file or below; nothing else of the disk is read."""
-        relative = PurePosixPath(name)
-        path = self._file.path.parent / relative
-        if relative.is_absolute() or ".." in relative.parts or re.match(r"[a-z][a-z0-9+.-]*:", name, re.I):
-            raise Unusable("image_outside", f"the picture {name!r} is not a path inside the folder of its file")
-        if not path.is_file() or not path.resolve().is_relative_to(self._file.path.parent.resolve()):
-            raise Unusable("image_missing", f"there is no picture {name!r}")
+        path = picture_inside(self._file.path.parent, name)
         return self._records.keep_image(_content(path), path.suffix)
 
 
