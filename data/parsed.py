@@ -127,6 +127,12 @@ def clean(text: str) -> str:
     return _UNSEEN.sub("", text).strip()
 
 
+def split_caption(pieces: list[str]) -> tuple[str, list[str]]:
+    """The caption, from the piece that begins with a label such as "Figure 3" where there is one, and the pieces before it."""
+    start = next((place for place, piece in enumerate(pieces) if label_of(piece)[1]), 0)
+    return " ".join(pieces[start:]), pieces[:start]
+
+
 def tag_of(formula: str) -> str:
     r"""Number that a formula in LaTeX gives itself by \tag{...}; an empty string where it has none."""
     match = _TAG.search(formula)
@@ -148,7 +154,7 @@ class _Pictures:
 
     def __init__(self, document: Path, out: Path) -> None:
         self._home, self._artifacts, self._out = document.parent, f"{document.stem}_artifacts", out
-        self._count = 0
+        self._kept: dict[Picture, str] = {}
         self._decoded: tuple[str, Image.Image] | None = None
 
     def keep(self, picture: Picture | None, kind: str, page: int | None) -> str:
@@ -159,11 +165,13 @@ class _Pictures:
         """
         if picture is None or not picture.uri:
             raise Unusable("no_picture", "the document holds no picture of it")
+        if picture in self._kept:
+            return self._kept[picture]  # named a million times, it still takes the disk once
         content = self._content(picture.uri) if picture.crop is None else self._part(picture.uri, picture.crop)
         image_size(content)
-        self._count += 1
-        name = f"{kind}-{page or 0:04d}-{self._count:05d}.{picture_ending(content)}"
+        name = f"{kind}-{page or 0:04d}-{len(self._kept) + 1:05d}.{picture_ending(content)}"
         (self._out / name).write_bytes(content)
+        self._kept[picture] = name
         return name
 
     def _content(self, uri: str) -> bytes:

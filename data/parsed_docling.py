@@ -11,7 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from moexpand.data.document import PdfLimits, Refused
-from moexpand.data.parsed import Box, Figure, Paragraph, Parsed, Picture, clean, extract_parsed, load_json, numbers, tag_of
+from moexpand.data.parsed import (
+    Box,
+    Figure,
+    Paragraph,
+    Parsed,
+    Picture,
+    clean,
+    extract_parsed,
+    load_json,
+    numbers,
+    split_caption,
+    tag_of,
+)
 
 SCHEMA = "DoclingDocument"
 LISTS = ("texts", "groups", "tables", "pictures", "key_value_items", "form_items", "field_regions", "field_items")
@@ -113,9 +125,10 @@ class _Document:
 
     def _add_figure(self, kind: str, item: dict[str, Any], page: int | None) -> None:
         captions, notes = (
-            " ".join(filter(None, (self._text(self._item(place)) for place in self._places(item, key))))
+            [text for place in self._places(item, key) if (text := self._text(self._item(place)))]
             for key in ("captions", "footnotes")
         )
+        caption, before = split_caption(captions)
         inner = " ".join(self._inner_texts(item))
         if kind == "tables":
             inner = _table_text(item.get("data"))  # its cells say the same
@@ -124,7 +137,7 @@ class _Document:
             return
         picture, box = self._shown(item, page)
         name = "table" if kind == "tables" else "figure"
-        self._parsed.items.append(Figure(name, page, box, picture, captions, notes, inner))
+        self._parsed.items.append(Figure(name, page, box, picture, caption, " ".join([*before, *notes]), inner))
 
     def _inner_texts(self, item: dict[str, Any]) -> Iterator[str]:
         """Texts below an item, in order; they are not read again. Pictures and tables below it are left to be read."""

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from moexpand.data.document import PdfLimits, Refused
-from moexpand.data.parsed import Box, Figure, Parsed, Picture, clean, extract_parsed, load_json, numbers, tag_of
+from moexpand.data.parsed import Box, Figure, Parsed, Picture, clean, extract_parsed, load_json, numbers, split_caption, tag_of
 
-LEFT_OUT = ("header", "footer", "page_number", "aside_text", "page_footnote")
+LEFT_OUT = ("header", "footer", "page_number", "aside_text", "page_footnote", "discarded")
 """Types of blocks that MinerU keeps out of its own running text."""
 FIGURES = {"image": "figure", "chart": "figure", "table": "table", "equation": "equation"}
 MAX_PAGE = 1_000_000
@@ -74,14 +74,15 @@ def _figure(kind: str, block: dict[str, Any], page: int, size: tuple[float, floa
     text = _text(block.get("text"))
     # Versions up to 2.0 say img_caption and img_footnote.
     captions, notes = ([_texts(block.get(f"{word}_{end}")) for word in (kind, "img")] for end in ("caption", "footnote"))
+    caption, before = split_caption(captions[0] or captions[1])
     return Figure(
         FIGURES[kind],
         page,
         _box(block.get("bbox"), size),
         # Where a block has no picture, some versions write the folder alone.
         Picture(path) if isinstance(path, str) and not path.endswith("/") else None,
-        caption=" ".join(captions[0] or captions[1]),
-        notes=" ".join(notes[0] or notes[1]),
+        caption=caption,
+        notes=" ".join([*before, *(notes[0] or notes[1])]),
         inner={"table": _cells(html), "equation": text}.get(kind, _text(block.get("content"))),
         number=tag_of(text) if kind == "equation" else "",
         html=html if "<" in html else "",

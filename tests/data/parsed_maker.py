@@ -38,7 +38,7 @@ BLOCKS: list[dict[str, Any]] = [
     {
         "type": "image",
         "img_path": "images/a.jpg",
-        "image_caption": ["Figure 1: A zigzag ", "in blue. "],
+        "image_caption": ["(a)", "Figure 1: A zigzag ", "in blue. "],
         "image_footnote": ["Drawn by hand."],
         "bbox": [200, 300, 600, 500],
         "page_idx": 0,
@@ -67,6 +67,7 @@ BLOCKS: list[dict[str, Any]] = [
     {"type": "chart", "img_path": "images/d.jpg", "content": "| a | 7 |", "chart_caption": ["Figure 2: Bars."], "page_idx": 1},
     {"type": "image", "img_path": "images/e.jpg", "image_caption": [], "bbox": [1, 1, 500, 500], "page_idx": 1},
     {"type": "page_number", "text": "2", "page_idx": 1},
+    {"type": "discarded", "text": "Margin", "page_idx": 1},
 ]
 
 

@@ -33,7 +33,7 @@ def test_a_content_list_of_mineru_makes_text_figures_tables_and_equations(tmp_pa
     figure, chart = of_kind(records, "figure")
     assert figure == {
         "kind": "figure",
-        "text": f"Figure 1: A zigzag in blue.\n\nDrawn by hand.\n\n{LONG}It is drawn in Fig. 1.",
+        "text": f"Figure 1: A zigzag in blue.\n\n(a) Drawn by hand.\n\n{LONG}It is drawn in Fig. 1.",
         "caption": "Figure 1: A zigzag in blue.",
         "number": "1",
         "page": 1,
@@ -53,6 +53,20 @@ def test_a_content_list_of_mineru_makes_text_figures_tables_and_equations(tmp_pa
     assert equation["text"] == "\n\n".join(texts_of(records)[3:6])
     assert counts["pages"] == {"input": 3, "kept": 3, "dropped": {}}
     assert counts["figures"] == {"input": 5, "kept": 4, "dropped": {"no_caption": 1}}
+
+
+def test_small_figures_and_late_pages_are_dropped(tmp_path):
+    sizes = {"image": [0, 0, 59, 500], "table": [0, 0, 500, 22], "chart": [0, 0, 61, 46]}
+    blocks = [
+        {"type": kind, "img_path": "images/a.jpg", f"{kind}_caption": ["Figure 1: A."], "bbox": bbox, "page_idx": 0}
+        for kind, bbox in sizes.items()
+    ]
+    blocks += [{**blocks[2], "img_path": "images/a.jpg"}, {"type": "text", "text": LONG, "page_idx": 5000}]
+    records, counts = read(mineru(tmp_path / "paper", blocks), tmp_path / "out")
+    assert counts["figures"] == {"input": 4, "kept": 2, "dropped": {"too_small": 2}}
+    assert counts["pages"] == {"input": 4, "kept": 3, "dropped": {"beyond_page_limit": 1}}
+    assert texts_of(records) == ["Figure 1: A."] * 2
+    assert len(list((tmp_path / "out").glob("*.jpg"))) == 1
 
 
 def test_boxes_are_left_out_where_mineru_does_not_say_how_large_pages_are(tmp_path):
@@ -97,7 +111,7 @@ def test_the_second_form_of_content_lists_says_the_same(tmp_path):
                     "image_source": {"path": "images/a.jpg"},
                     "content": "",
                     "image_caption": spans("Figure 1: A zigzag in blue."),
-                    "image_footnote": spans("Drawn by hand."),
+                    "image_footnote": spans("(a) Drawn by hand."),
                 },
                 "bbox": [200, 300, 600, 500],
             },
@@ -207,7 +221,7 @@ def test_a_build_reads_output_of_both_tools_and_its_counts_add_up(tmp_path):
     mine = figures["parsed/paper/auto/paper_content_list.json"]
     assert metas[mine]["box"] == [120.0, 240.0, 360.0, 400.0]
     assert members[mine.replace(".json", ".jpg")] == picture()
-    assert members[mine.replace(".json", ".txt")].decode().startswith("Figure 1: A zigzag in blue.\n\nDrawn by hand.\n\n")
+    assert members[mine.replace(".json", ".txt")].decode().startswith("Figure 1: A zigzag in blue.\n\n(a) Drawn by hand.\n\n")
 
 
 def test_what_came_along_is_no_source_of_its_own(tmp_path):
