@@ -1,6 +1,9 @@
 """Broken and hostile output of MinerU and docling ends under a reason, and nothing outside its folder is read."""
 
 import base64
+import json
+from collections.abc import Iterator
+from random import Random
 from typing import Any
 
 import pytest
@@ -124,3 +127,48 @@ def test_absolute_paths_of_docling_are_looked_for_among_its_own_pictures_alone(t
 
     _, counts = read(docling(move, tmp_path / "in"), tmp_path / "out")
     assert counts["figures"] == {"input": 4, "kept": 2, "dropped": {"image_missing": 1, "no_caption": 1}}
+
+
+ODD: list[Any] = [
+    None,
+    True,
+    -1,
+    0,
+    1e308,
+    10**400,
+    "",
+    "\x00",
+    "\ud800",
+    "#/texts/0",
+    "../x",
+    [],
+    {},
+    [[]],
+    [None],
+    {"$ref": "#/body"},
+]
+
+
+def spots(value: Any) -> Iterator[tuple[Any, Any]]:
+    """(container, key or place) of everything inside a JSON value."""
+    for key in list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield value, key
+        yield from spots(value[key])
+
+
+@pytest.mark.parametrize("tool", ["mineru", "docling"])
+def test_whatever_stands_in_a_field_no_reader_fails(tool, tmp_path):
+    random = Random(tool)
+    source = mineru(tmp_path / "in") if tool == "mineru" else docling(lambda content: None, tmp_path / "in")
+    original = source.read_text()
+    reasons = set()
+    for number in range(250):
+        content = json.loads(original)
+        for container, key in random.sample(list(spots(content)), 1 + number % 3):
+            container[key] = random.choice(ODD)
+        source.write_text(json.dumps(content))
+        records, counts = read(source, tmp_path / f"out-{number}")
+        reasons.add(counts["reason"])
+        assert bool(records) == (counts["reason"] is None)
+    assert reasons <= {None, "wrong_structure"}
+    assert len(reasons) == 2
