@@ -1,7 +1,7 @@
 """Pictures to patches: ours against transformers' `Qwen2VLImageProcessorPil`, same pictures, same bits, taking turns.
 
-Parts: `process` (a decoded picture to normalised patches and to bytes; of a size that has to be resampled and of one that has not;
-beside it Pillow's bicubic alone, which both must do: the floor), `decode` (bytes to RGB: ours against `Image.open` and
+Parts: `process` (a decoded picture to normalised patches and to bytes; of a size to be resampled and of one that is not; beside
+it Pillow's bicubic alone, which both must do: the floor), `decode` (bytes to RGB: ours against `Image.open` and
 transformers' conversion) and `plan` (tokens of a million sizes against the scalar). Medians, minima and maxima of processor time,
 which neighbours on a shared machine disturb least; ratios are of medians of the same run. Bits are compared before anything is
 timed. `python bench/images.py [rounds=15]`; all of it is single-threaded.
