@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class Progress:
         fixed: settings that must be the same when the run goes on, by key.
         noted: settings that may change but bend the curve, by key.
         wandb_id: identity of the run in W&B.
+        bad: of each source, the keys of the unreadable samples that any rank has met, each with what is wrong.
     """
 
     step: int
@@ -44,6 +45,7 @@ class Progress:
     fixed: dict[str, Any]
     noted: dict[str, Any]
     wandb_id: str
+    bad: list[dict[str, str]] = field(default_factory=list)
 
 
 def new_identity() -> str:

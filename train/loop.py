@@ -56,7 +56,7 @@ def train(config: TrainCommand, source: Source, data: PackedData, here: ranks.Ra
             records.evaluation(row)
             display.say(f"step {progress.step}/{steps}  held-out loss {row['held_out_loss']:.4f}")
 
-        told: set[str] = set()
+        told = {key for met in progress.bad for key in met}
         read = Batches(data, config, here.data_rank, here.data_size, progress.step)
         if ranks.broadcast(records.lacks_evaluation(progress.step)):  # at the start, or the stop came before it
             evaluate()
@@ -77,6 +77,7 @@ def train(config: TrainCommand, source: Source, data: PackedData, here: ranks.Ra
             display.advance(progress.step, f"loss {report.loss:.4f}")
             stopping = stop.anywhere()
             if stopping or progress.step == steps or (config.save.every and progress.step % config.save.every == 0):
+                progress = replace(progress, bad=_bad_of_all_ranks(data))
                 display.say(f"saved {checkpoints.save(engine, run, progress, config.save.keep)}")
             if stopping and progress.step < steps:
                 raise Stopped(
@@ -92,6 +93,17 @@ def _tell_bad_samples(data: PackedData, told: set[str], say: Callable[[str], Non
         say(f"WARNING: sample {key} is left out: {data.bad_samples[key]}")
 
 
+def _bad_of_all_ranks(data: PackedData) -> list[dict[str, str]]:
+    """Unreadable samples by source, which every rank knows from now on.
+
+    Raises:
+        InputError: on all ranks, together they are more than `data.max_bad_fraction` allows.
+    """
+    for met in ranks.gather(data.bad_by_source):
+        data.learn_bad(met)
+    return [dict(sorted(bad.items())) for bad in data.bad_by_source]
+
+
 def _start(config: TrainCommand, source: Source, data: PackedData, here: ranks.Ranks) -> tuple[Engine, Progress, list[str]]:
     """The engine as it stood at the newest checkpoint, or with the weights that the run starts from."""
     fixed, noted = setup.fixed_settings(config, source, data), setup.noted_settings(config)
@@ -105,6 +117,9 @@ def _start(config: TrainCommand, source: Source, data: PackedData, here: ranks.R
         return engine, Progress(0, 0, fixed, noted, ranks.broadcast(checkpoints.new_identity())), notes
     progress = checkpoints.read_progress(folder)
     notes += checkpoints.compare(progress, fixed, noted, folder)
+    if any(progress.bad):
+        data.learn_bad(progress.bad)
+        notes.append(f"{sum(map(len, progress.bad))} unreadable samples met before still count for data.max_bad_fraction")
     engine.prepare_training(setup.adam_of(config.optim, config.router))
     checkpoint.load(engine, folder)
     notes.append(f"going on from {folder} (step {progress.step} of {config.train.steps})")

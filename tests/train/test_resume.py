@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -187,3 +188,33 @@ def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_end(shards: Pat
     assert [row[0] for row in found] == list(range(1, step + 3))
     shared = min(len(found), len(due))
     assert found[:shared] == due[:shared]
+
+
+def test_unreadable_samples_count_on_when_a_run_goes_on(shards: Path, tmp_path: Path) -> None:
+    """They are kept with the checkpoint, by every rank, told once, and too many of them stop the run before a step is taken."""
+    damaged = Path(shutil.copytree(shards, tmp_path / "shards"))
+    spoilt = 0
+    for path in sorted(damaged.glob("*.tar")):
+        content = bytearray(path.read_bytes())
+        with tarfile.open(path) as tar:
+            for member in [member for member in tar if member.name.endswith(".txt")][::4]:
+                content[member.offset_data] ^= 1
+                spoilt += 1
+        path.write_bytes(content)
+    run = tmp_path / "run"
+    done = moexpand(*settings(damaged, run, train__steps=2, data__max_bad_fraction=0.5))
+    assert done.returncode == 0, done.stderr
+    progress = json.loads((run / "checkpoints" / "step_0000002" / "trainer.json").read_text())
+    (bad,) = progress["bad"]
+    assert 2 <= len(bad) <= spoilt
+    assert list(bad) == sorted(bad)
+    assert all("CRC32" in problem for problem in bad.values())
+    total = json.loads((damaged / "dataset.json").read_text())["samples"]
+    done = moexpand(*settings(damaged, run, train__steps=3, data__max_bad_fraction=(len(bad) - 1) / total))
+    assert f"{len(bad)} of {total} samples are unreadable" in sentence(done, 2)
+    assert _checkpoints(run) == ["step_0000002"]
+    done = moexpand(*settings(damaged, run, train__steps=3, data__max_bad_fraction=0.5))
+    assert done.returncode == 0, done.stderr
+    assert f"{len(bad)} unreadable samples met before" in done.stdout
+    assert not any(f"sample {key} is left out" in done.stdout for key in bad)
+    assert bad.items() <= json.loads((run / "checkpoints" / "step_0000003" / "trainer.json").read_text())["bad"][0].items()
