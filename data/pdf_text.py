@@ -4,7 +4,6 @@ Coordinates everywhere in the PDF stage: points (1/72 inch), origin at the top l
 page's own rotation; a box is (x0, y0, x1, y1).
 """
 
-import ctypes
 from dataclasses import dataclass
 from itertools import repeat
 
@@ -14,7 +13,8 @@ import pypdfium2.raw as raw
 from numpy.typing import NDArray
 
 from moexpand.data import pdf_native as native
-from moexpand.data.pdf_objects import Floats, Matrix, PageObjects, combine, page_matrix, transform_boxes
+from moexpand.data.pdf_fonts import fit_bitmap_fonts, read_fonts, styles_of
+from moexpand.data.pdf_objects import Floats, PageObjects, page_matrix, transform_boxes
 from moexpand.data.pdf_visible import visible_characters
 
 Box = tuple[float, float, float, float]
@@ -25,8 +25,6 @@ SHAPES = str.maketrans(
 )
 UNSEEN = ((0x200B, 0x200F), (0x202A, 0x202E), (0x2060, 0x206F), (0xFE00, 0xFE0F), (0xFEFF, 0xFEFF), (0xE0000, 0xE0FFF))
 """Code points without a shape: joiners, marks of direction, tags; text can be smuggled in them."""
-MONO_NAMES = ("mono", "courier", "typewriter", "cmtt", "cmsltt", "sftt", "sfst", "ectt", "lmtt", "consol", "inconsola", "txtt")
-FIXED_PITCH = 1
 MAX_CHARACTERS = 500_000
 """Of a page."""
 
@@ -62,18 +60,6 @@ class Line:
     def middle(self) -> float:
         """Height of the line's middle."""
         return (self.y0 + self.y1) / 2
-
-
-@dataclass(frozen=True)
-class _Font:
-    """How a text object is set."""
-
-    name: str
-    mono: bool
-    size: float
-    turn: int
-    slanted: bool
-    """Neither upright nor turned by quarters."""
 
 
 def read_lines(page: pdfium.PdfPage, objects: PageObjects) -> list[Line]:
@@ -117,7 +103,8 @@ def _lines_of(page: pdfium.PdfPage, text_page: int, count: int, objects: PageObj
     # In the order of the page: addresses differ from run to run, and nothing may depend on them.
     order = np.argsort(first_of)
     handles, first_of, owner = handles[order], first_of[order], np.argsort(order)[owner]
-    fonts = _fonts(text_page, [int(handle) for handle in handles], kept[first_of], matrix)
+    fonts = read_fonts(text_page, [int(handle) for handle in handles], kept[first_of], matrix)
+    fonts = fit_bitmap_fonts(fonts, text_page, kept, codes, owner, boxes, matrix)
     sizes = np.array([font.size for font in fonts])
     visible = visible_characters(page, [int(handle) for handle in handles], owner, boxes[kept], sizes, objects)
     kept, owner = kept[visible], owner[visible]
@@ -138,7 +125,7 @@ def _lines_of(page: pdfium.PdfPage, text_page: int, count: int, objects: PageObj
     spaces = np.cumsum(space)[kept]
     spaced = np.concatenate([[False], spaces[1:] != spaces[:-1]])
     whole, place = _string(codes[kept], spaced)
-    style_number, styles = _styles(fonts)
+    style_number, styles = styles_of(fonts)
     style_of = style_number[owner]
     lows = np.minimum.reduceat(box[:, :2], starts, axis=0)
     highs = np.maximum.reduceat(box[:, 2:], starts, axis=0)
@@ -189,44 +176,3 @@ def _string(codes: NDArray[np.int64], spaced: NDArray[np.bool_]) -> tuple[str, l
     with_spaces = np.insert(codes, np.flatnonzero(spaced), 32)
     place = np.arange(len(codes)) + np.cumsum(spaced)
     return with_spaces.astype("<u4").tobytes().decode("utf-32-le"), place.tolist()
-
-
-def _styles(fonts: list[_Font]) -> tuple[NDArray[np.int64], list[_Font]]:
-    """Number of each object's font among the page's distinct ones."""
-    numbers: dict[_Font, int] = {}
-    of_object = np.array([numbers.setdefault(font, len(numbers)) for font in fonts], np.int64)
-    return of_object, list(numbers)
-
-
-def _fonts(text_page: int, handles: list[int], characters: NDArray[np.int64], page: Matrix) -> list[_Font]:
-    """Font of each text object, given one character of each."""
-    names: dict[int, tuple[str, bool]] = {}
-    fonts = []
-    values = (ctypes.c_float * 6)()
-    at = ctypes.addressof(values)
-    for handle, character in zip(handles, characters.tolist(), strict=True):
-        size = native.char_font_size(text_page, character)
-        turn, slanted = 0, False
-        if native.char_matrix(text_page, character, at):
-            a, b, c, d, _, _ = combine((values[0], values[1], values[2], values[3], 0.0, 0.0), page)
-            size *= max((c * c + d * d) ** 0.5, 1e-3)
-            # The page's y grows downwards, so a baseline that rises has a negative b.
-            slanted = min(abs(a), abs(b)) > 0.1 * max(abs(a), abs(b))
-            turn = (0 if a >= 0 else 2) if abs(a) >= abs(b) else (1 if b < 0 else 3)
-        font = native.text_font(handle) if handle else None
-        key = font or 0
-        if key not in names:
-            names[key] = _name(font) if font else ("", False)
-        name, mono = names[key]
-        fonts.append(_Font(name, mono, round(size * 2) / 2, turn, slanted))
-    return fonts
-
-
-def _name(font: int) -> tuple[str, bool]:
-    """Name of a font without the tag of its subset, and whether it is monospaced."""
-    buffer = ctypes.create_string_buffer(128)
-    length = native.font_name(font, ctypes.addressof(buffer), 128)
-    text = buffer.value.decode("utf-8", "replace") if length <= 128 else ""
-    name = text.split("+")[-1]
-    mono = bool(max(native.font_flags(font), 0) & FIXED_PITCH) or any(part in name.lower() for part in MONO_NAMES)
-    return name, mono
