@@ -17,6 +17,7 @@ BARE = re.compile(rf"^{WORD}\s*(?:{NUMBER})$", re.I)
 ENTRY = re.compile(r"(?:\.\s?){4,}\s*\d+$")
 """How a line of a list of figures ends."""
 CONTINUED = re.compile(r"\(?\b(?:continued|cont\.|cont'd)", re.I)
+SENTENCE_END = re.compile(r"[.!?][)\]\"'\u201d\u2019]?$")
 MAX_CAPTION_LINES = 25
 
 
@@ -102,9 +103,11 @@ def _candidates(page: Page, style: Style) -> list[_Candidate]:
     found = []
     for i, line in enumerate(page.lines):
         match = CAPTION.match(line.text)
-        if match is None or line.turn or ENTRY.search(_row_text(page, line)) or _continues_text(page, line):
+        if match is None or line.turn or ENTRY.search(_row_text(page, line)):
             continue
         word, number, mark = match.groups()
+        if _continues_text(page, line, bool(mark)):
+            continue
         if not mark:
             # Without a mark it is a sentence, or a label in a drawing, unless a title follows.
             following = line.text[match.end() :].split()
@@ -123,11 +126,16 @@ def _row_text(page: Page, line: Line) -> str:
     return " ".join(other.text for other in sorted(row, key=lambda other: other.x0))
 
 
-def _continues_text(page: Page, line: Line) -> bool:
-    """The line before, close above and as wide, is running text: "see\nFigure 3." is no caption."""
+def _continues_text(page: Page, line: Line, marked: bool) -> bool:
+    """The line before, close above and as wide, is running text: "see\nFigure 3." is no caption.
+
+    A caption with a mark after its number may follow the end of a sentence without white between them.
+    """
     for other in page.lines:
         step = line.y0 - other.y0
         if 0.5 * line.size < step < 1.35 * line.size and abs(other.size - line.size) < 0.3 and abs(other.x0 - line.x0) < 2:
+            if marked and SENTENCE_END.search(other.text):
+                return False
             return other.width > 0.3 * page.width and not other.mono and other.font == line.font
     return False
 

@@ -7,6 +7,8 @@ nothing is drawn it may be a listing, framed or not. Tables reach from rule to r
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from moexpand.data.pdf_captions import CAPTION, Caption, union
 from moexpand.data.pdf_layout import Page, Style
 from moexpand.data.pdf_text import Box, Line
@@ -57,7 +59,10 @@ def _mostly_above(options: list[tuple[_Region | None, _Region | None]], usual: b
 
 
 def _choose(captions: list[Caption], options: dict[int, tuple[_Region | None, _Region | None]], above: bool) -> None:
-    """Give the captions of one kind and page their regions: those without a choice first, the preferred side next."""
+    """Give the captions of one kind and page their regions: those without a choice first, the preferred side next.
+
+    A caption whose region is taken has none: a picture with another's caption is worse than no picture.
+    """
 
     def preferred(caption: Caption) -> list[_Region]:
         up, down = options[id(caption)]
@@ -72,12 +77,15 @@ def _choose(captions: list[Caption], options: dict[int, tuple[_Region | None, _R
             first, second = second, first
         return [region for region in (first, second) if region is not None]
 
+    def rank(caption: Caption) -> tuple[int, bool]:
+        return len(preferred(caption)), options[id(caption)][0 if above else 1] is None
+
     taken: list[Box] = []
-    for caption in sorted(captions, key=lambda caption: len(preferred(caption))):
+    for caption in sorted(captions, key=rank):
         ways = preferred(caption)
         free = [way for way in ways if all(overlap(way.box, other) < 0.3 * min(area(way.box), area(other)) for other in taken)]
-        if free or ways:
-            caption.region = (free or ways)[0].box
+        if free:
+            caption.region = free[0].box
             taken.append(caption.region)
 
 
@@ -178,6 +186,10 @@ def _figure_region(caption: Caption, view: PageView, column: tuple[float, float]
     middle = (boxes[:, 0] + boxes[:, 2]) / 2
     shared = boxes[:, 3].clip(None, band[3]) - boxes[:, 1].clip(band[1], None)
     drawn = boxes[(shared >= 0.6 * height - 0.1) & (middle >= band[0] - 2) & (middle <= band[2] + 2)]
+    # The last rule of a frame around the text before the figure.
+    for frame in view.frames:
+        if not _in_band(frame, band):
+            drawn = drawn[~((drawn[:, :2] > np.array(frame[:2]) - 2) & (drawn[:, 2:] < np.array(frame[2:]) + 2)).all(axis=1)]
     solid = ((drawn[:, 3] - drawn[:, 1] > 8) & (drawn[:, 2] - drawn[:, 0] > 8)).any()
     # A lone rule is a separator, not a figure.
     if solid or len(drawn) >= 8:
@@ -222,7 +234,7 @@ def _listing_region(caption: Caption, view: PageView, column: tuple[float, float
     if ruled is not None and any(inside(line.box, ruled, 4.0) for line in lines):
         box = _clip(ruled, band)
         return _Region(box, 0.8, _gap(box, caption, up))
-    rows = _rows_beside(caption, lines, up, 2.5 * view.style.body_size)
+    rows = _rows_beside(caption, lines, up, 2.5 * view.style.body_size, 4 * view.style.body_size)
     mono = [line for line in rows if line.mono]
     if len(rows) < 2 or len(mono) * 2 < len(rows):
         return None
@@ -243,19 +255,26 @@ def _framed_region(caption: Caption, view: PageView, column: tuple[float, float]
     frame = union(near)
     # Shades are often drawn in pieces, one above the other.
     for _ in frames:
-        frame = union([frame, *(other for other in frames if other[1] < frame[3] + 3 and other[3] > frame[1] - 3)])
+        frame = union([frame, *(other for other in frames if _stacked(other, frame, view))])
     beside = [line.box for line in view.lines if frame[1] - 2 < line.middle < frame[3] + 2 and _in_band(line.box, band)]
     box = _clip(union([frame, *beside]), band)
     return _Region(box, 0.8, _gap(box, caption, up))
 
 
-def _rows_beside(caption: Caption, lines: list[Line], up: bool, reach: float) -> list[Line]:
-    """Lines that follow each other from the caption on without a gap above `reach` points."""
+def _stacked(one: Box, other: Box, view: PageView) -> bool:
+    """Two frames touch, or nearly do with the same width: the listings of one figure, each with a frame of its own."""
+    gap = max(one[1] - other[3], other[1] - one[3])
+    same = abs(one[0] - other[0]) < 3 and abs(one[2] - other[2]) < 3
+    return gap < (1.5 * view.style.body_size if same else 3)
+
+
+def _rows_beside(caption: Caption, lines: list[Line], up: bool, reach: float, first: float | None = None) -> list[Line]:
+    """Lines that follow each other from the caption on without a gap above `reach` points; the first above `first` points."""
     edge = caption.box[1] if up else caption.box[3]
     found: list[Line] = []
     for line in sorted(lines, key=lambda line: -line.y1 if up else line.y0):
         gap = edge - line.y1 if up else line.y0 - edge
-        if gap > reach:
+        if gap > (reach if found or first is None else first):
             break
         found.append(line)
         edge = min(edge, line.y0) if up else max(edge, line.y1)

@@ -58,13 +58,15 @@ class PageView:
         boxes = np.array(page.graphics, np.float64).reshape(-1, 4)
         area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
         self.boxes = boxes[area < 0.8 * page.width * page.height]
-        self.rules = join_rules(self.boxes)
+        self.rules = bridge_titles(join_rules(self.boxes), self.lines)
         self.clusters = cluster(self.boxes)
         paragraphs = _paragraph_lines([line for line in self.lines if self._is_wide(line)])
         body = [line for line in self.lines if id(line) in paragraphs or self._is_body(line)]
         body += self._last_lines(body)
         self.frames = self._text_frames()
-        self.walls = [line for line in body if not self._is_label(line, body)] + self._footnotes()
+        body += self._framed_code(body)
+        beside = self._code_beside_drawings()
+        self.walls = [line for line in body if id(line) not in beside and not self._is_label(line, body)] + self._footnotes()
 
     def column(self, line: Line) -> tuple[float, float]:
         """Left and right end of the column of text that a line stands in."""
@@ -162,6 +164,33 @@ class PageView:
                 frames.append((x0, y0, x1, y1))
         return frames
 
+    def _framed_code(self, body: list[Line]) -> list[Line]:
+        """Code in frames about as wide as the column: a part of the running text, in whatever font and however far indented."""
+        known = {id(line) for line in body}
+        found = []
+        for line in self.lines:
+            if line.mono and not line.turn and id(line) not in known:
+                left, right = self.margins(self.column(line))
+                wide = [frame for frame in self.frames if frame[2] - frame[0] > 0.75 * (right - left)]
+                if any(inside(line.box, frame, 2.0) for frame in wide):
+                    found.append(line)
+        return found
+
+    def _code_beside_drawings(self) -> set[int]:
+        """Ids of the lines of code blocks that stand beside a drawing: both belong to one figure, running text is not set so."""
+        drawings = [box for box in self.clusters if box[3] - box[1] > 36 and box[2] - box[0] > 36]
+        found: set[int] = set()
+        for block in _blocks([line for line in self.lines if line.mono and not line.turn]) if drawings else []:
+            for box in drawings:
+                beside = [
+                    line for line in block if box[1] < line.middle < box[3] and (line.x1 < box[0] + 2 or line.x0 > box[2] - 2)
+                ]
+                # A block that ends beside the top of a drawing is no part of it.
+                shared = sum(line.y1 - line.y0 for line in beside)
+                if 2 * len(beside) >= len(block) and shared > 0.15 * (box[3] - box[1]):
+                    found |= {id(line) for line in block}
+        return found
+
     def _footnotes(self) -> list[Line]:
         """Small lines under a short rule at the left end of a column."""
         notes: list[Line] = []
@@ -225,6 +254,17 @@ def _paragraph_lines(lines: list[Line]) -> set[int]:
     return found
 
 
+def _blocks(lines: list[Line]) -> list[list[Line]]:
+    """Lines that follow each other at the pitch of lines, together."""
+    blocks: list[list[Line]] = []
+    for line in sorted(lines, key=lambda line: line.y0):
+        if blocks and line.y0 - blocks[-1][-1].y0 < 2.0 * line.size:
+            blocks[-1].append(line)
+        else:
+            blocks.append([line])
+    return blocks
+
+
 def inside(box: Box, frame: Box, slack: float) -> bool:
     """The box lies in the frame."""
     return box[0] > frame[0] - slack and box[1] > frame[1] - slack and box[2] < frame[2] + slack and box[3] < frame[3] + slack
@@ -252,6 +292,24 @@ def join_rules(boxes: Boxes) -> list[Box]:
             rules.append([x0, y0, x1, y1])
     found = [(r[0], r[1], r[2], r[3]) for r in rules if r[2] - r[0] > 40]
     return sorted(found, key=lambda r: (r[1], r[0]))
+
+
+def bridge_titles(rules: list[Box], lines: list[Line]) -> list[Box]:
+    """Rules that a title is set into, as whole ones: two pieces on one height with nothing but a line of text between them."""
+    found: list[Box] = []
+    for rule in rules:
+        for i, left in enumerate(found):
+            gap = rule[0] - left[2]
+            if abs(left[1] - rule[1]) > 2 or gap <= 0:
+                continue
+            y = (rule[1] + rule[3]) / 2
+            titles = [line for line in lines if line.y0 < y < line.y1 and line.x0 > left[2] - 2 and line.x1 < rule[0] + 2]
+            if sum(line.width for line in titles) > 0.5 * gap:
+                found[i] = union([left, rule])
+                break
+        else:
+            found.append(rule)
+    return found
 
 
 def framed_by_lines(boxes: Boxes, rules: list[Box]) -> list[Box]:
