@@ -33,6 +33,9 @@ from moexpand.data.pdf_regions import find_regions
 from moexpand.data.pdf_text import Box
 from moexpand.data.tally import Tally
 
+STRIP = 4.0
+"""A figure that is so many times wider than high is a strip: a drawn scale, one row of boxes, two lines of code."""
+
 
 @dataclass
 class _Document:
@@ -113,7 +116,7 @@ def _extract(path: Path, out: Path, limits: PdfLimits, pages_tally: Tally, figur
         source = document.pdf[page.number] if own else None
         for caption in own:
             name = f"{caption.kind}-{caption.page + 1:04d}-{re.sub('[^0-9A-Za-z]', '_', caption.number)}.png"
-            smallest = limits.smallest(caption.kind)
+            smallest = limits.smallest(caption.kind) * (0.25 if _is_strip(caption) else 1.0)
             if _crop(source, page, caption.region, limits.image_dpi, smallest, out / name, figures_tally):
                 inner = " ".join(line.text for line in page.lines if caption.region and _holds(caption.region, line.box))
                 kept.append((caption, name, inner))
@@ -186,6 +189,13 @@ def _crop(
         return False
     tally.keep()
     return True
+
+
+def _is_strip(caption: Caption) -> bool:
+    """Whether a caption belongs to a figure that is flat for its width."""
+    if caption.region is None or caption.kind != "figure":
+        return False
+    return caption.region[2] - caption.region[0] > STRIP * (caption.region[3] - caption.region[1])
 
 
 def _holds(region: Box, box: Box) -> bool:

@@ -18,6 +18,8 @@ ENTRY = re.compile(r"(?:\.\s?){4,}\s*\d+$")
 """How a line of a list of figures ends."""
 CONTINUED = re.compile(r"\(?\b(?:continued|cont\.|cont'd)", re.I)
 SENTENCE_END = re.compile(r"[.!?][)\]\"'\u201d\u2019]?$")
+LEAST_SERIES = 3
+"""Captions in a second style that make it one of the document's."""
 MAX_CAPTION_LINES = 25
 
 
@@ -80,23 +82,36 @@ def find_captions(pages: list[Page], columns: dict[int, float | None], style: St
             marks.setdefault(candidate.style[0], set()).add(candidate.number)
         if not marks:
             continue
-        # A bare "Figure 3 shows" begins many sentences; it stands back where captions have marks.
-        mark = max(marks, key=lambda mark: (len(marks[mark]), mark != ""))
-        if mark == "" and len(marks) > 1:
-            mark = max((m for m in marks if m), key=lambda m: (len(marks[m]), m))
+        usual = _usual_marks(marks)
         taken: set[tuple[str, str, str]] = set()
         for candidate in own:
             line = candidate.page.lines[candidate.place]
             # Each part of a figure or table that goes on has a caption of its own.
             part = str(candidate.page.number) if CONTINUED.search(_row_text(candidate.page, line)) else ""
             key = (label_of(line.text)[0], candidate.number, part)
-            if candidate.style[0] == mark and key not in taken:
+            mark = candidate.style[0]
+            if mark in usual and key not in taken:
                 taken.add(key)
                 lines = caption_lines(candidate.page, candidate.place, columns[candidate.page.number])
                 if not mark and len(" ".join(one.text for one in lines)) < len(line.text) + 3 and BARE.search(line.text):
                     continue
                 captions.append(Caption(kind, candidate.number, candidate.page.number, lines, union([one.box for one in lines])))
     return sorted(captions, key=lambda caption: (caption.page, caption.box[1], caption.box[0]))
+
+
+def _usual_marks(marks: dict[str, set[str]]) -> set[str]:
+    """The mark that most of the document's captions have after their numbers, and others that number a series of their own.
+
+    Args:
+        marks: the numbers that were found with each mark.
+    """
+    # A bare "Figure 3 shows" begins many sentences; it stands back where captions have marks.
+    first = max(marks, key=lambda mark: (len(marks[mark]), mark != ""))
+    if first == "" and len(marks) > 1:
+        first = max((mark for mark in marks if mark), key=lambda mark: (len(marks[mark]), mark))
+    # Papers that are bound with a manual keep their style.
+    series = {mark for mark in marks if mark and len(marks[mark]) >= LEAST_SERIES and not marks[mark] & marks[first]}
+    return {first} | series
 
 
 def _candidates(page: Page, style: Style) -> list[_Candidate]:

@@ -104,14 +104,16 @@ def strip_running_heads(pages: list[Page]) -> None:
         alone.update({_height(line.box) for line in zone if _stands_apart(line, page, pitch)})
         rules.update({_height(box) for box in page.graphics if _is_rule(box, page) and _in_zone(box, zones)})
 
-    def is_head(line: Line) -> bool:
+    def is_head(line: Line, page: Page) -> bool:
         height = _height(line.box)
         near = (height - 1, height, height + 1)
         pattern = _pattern(line.text)
-        return sum(repeats[pattern, y] for y in near) >= 3 or sum(alone[y] for y in near) >= often
+        # Tables at the top of a few pages may have the same header row below the running head.
+        least = 3 if _outermost(line, page) else often
+        return sum(repeats[pattern, y] for y in near) >= least or sum(alone[y] for y in near) >= often
 
     for page in pages:
-        page.lines = [line for line in page.lines if not (_in_zone(line.box, zones) and is_head(line))]
+        page.lines = [line for line in page.lines if not (_in_zone(line.box, zones) and is_head(line, page))]
         page.graphics = [
             box for box in page.graphics if not (_is_rule(box, page) and _in_zone(box, zones) and rules[_height(box)] >= often)
         ]
@@ -153,6 +155,13 @@ def _pitch(pages: list[Page]) -> float:
     """Usual white between two lines, in points: in a document with double spacing a first line is no head."""
     gaps = [b.y0 - a.y1 for page in pages for a, b in pairwise(page.lines) if 0 < b.y0 - a.y1 < 3 * a.size]
     return sorted(gaps)[len(gaps) // 2] if gaps else 0.0
+
+
+def _outermost(line: Line, page: Page) -> bool:
+    """Nothing stands between this line and the page's edge."""
+    top = line.middle < page.height / 2
+    others = [other for other in page.lines if abs(other.middle - line.middle) > 0.6 * line.size and not other.turn]
+    return all(other.middle > line.middle if top else other.middle < line.middle for other in others)
 
 
 def _stands_apart(line: Line, page: Page, pitch: float) -> bool:

@@ -6,6 +6,7 @@ from moexpand.data.pdf_captions import CAPTION
 from moexpand.data.pdf_layout import Page
 from moexpand.data.pdf_objects import TooManyObjects, read_objects
 from moexpand.data.pdf_text import Box, Line, read_lines
+from moexpand.data.pdf_view import is_prose
 
 MAX_SIDE_POINTS = 4000.0
 """Longest side of a page that is read, 1.4 metres; a MediaBox may claim kilometres."""
@@ -56,7 +57,12 @@ def upright(page: Page) -> Page:
     for line in page.lines:
         characters[line.turn] += len(line.text)
     turn = 1 if characters[1] >= characters[3] else 3
-    if characters[turn] < max(SIDEWAYS * sum(characters), MIN_SIDEWAYS):
+    captions = {line.turn for line in page.lines if CAPTION.match(line.text)}
+    # A picture with upright labels, perhaps, but its caption tells how the page is held.
+    sideways = captions in ({1}, {3}) and not any(line.turn == 0 and is_prose(line.text) for line in page.lines)
+    if sideways:
+        turn = captions.pop()
+    elif characters[turn] < max(SIDEWAYS * sum(characters), MIN_SIDEWAYS):
         return page
     if any(line.turn == 0 and CAPTION.match(line.text) for line in page.lines):
         # A figure with many labels that stand on end.

@@ -16,6 +16,8 @@ from moexpand.data.pdf_view import RULE, PageView, area, inside, overlap
 
 MARGIN = 3.0
 """Points of white kept around a region."""
+FIRST_GAP = 4.0
+"""Font sizes between a caption and the rows that belong to it, at most."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,10 @@ def _figure_region(caption: Caption, view: PageView, column: tuple[float, float]
     """What is drawn beside the caption with its labels; else a listing or a block of text that is no running text."""
     framed = _framed_region(caption, view, column, up)
     if framed is not None and framed.box[2] - framed.box[0] > 0.45 * (column[1] - column[0]):
-        return framed
+        # The boxes of a diagram hold text, too: what touches the frames goes over their sides then.
+        wider = [box for box in view.clusters if overlap(box, framed.box) > 0 and box[3] - box[1] > 8 and box[2] - box[0] > 8]
+        if all(box[0] > framed.box[0] - 12 and box[2] < framed.box[2] + 12 for box in wider):
+            return framed
     band = _band(caption, view, column, up, listings=True)
     boxes = view.boxes
     height = (boxes[:, 3] - boxes[:, 1]).clip(0.1)
@@ -234,7 +239,7 @@ def _listing_region(caption: Caption, view: PageView, column: tuple[float, float
     if ruled is not None and any(inside(line.box, ruled, 4.0) for line in lines):
         box = _clip(ruled, band)
         return _Region(box, 0.8, _gap(box, caption, up))
-    rows = _rows_beside(caption, lines, up, 2.5 * view.style.body_size, 4 * view.style.body_size)
+    rows = _rows_beside(caption, lines, up, 2.5 * view.style.body_size, FIRST_GAP * view.style.body_size)
     mono = [line for line in rows if line.mono]
     if len(rows) < 2 or len(mono) * 2 < len(rows):
         return None
@@ -297,7 +302,7 @@ def _table_region(caption: Caption, view: PageView, column: tuple[float, float],
         box = (x0 - MARGIN, max(y0 - MARGIN, top), x1 + MARGIN, min(y1 + MARGIN, bottom))
         return _Region(box, 1.0, _gap(box, caption, up))
     lines = [line for line in view.lines if _in_band(line.box, band)]
-    rows = _rows_beside(caption, lines, up, 2.5 * view.style.body_size)
+    rows = _rows_beside(caption, lines, up, 2.5 * view.style.body_size, FIRST_GAP * view.style.body_size)
     if len(rows) < 2:
         region = _figure_region(caption, view, column, up)
         return None if region is None else _Region(region.box, 0.6 * region.weight, region.gap)
