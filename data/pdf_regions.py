@@ -181,9 +181,11 @@ def _figure_region(caption: Caption, view: PageView, column: tuple[float, float]
     """What is drawn beside the caption with its labels; else a listing or a block of text that is no running text."""
     framed = _framed_region(caption, view, column, up)
     if framed is not None and framed.box[2] - framed.box[0] > 0.45 * (column[1] - column[0]):
-        # The boxes of a diagram hold text, too: what touches the frames goes over their sides then.
-        wider = [box for box in view.clusters if overlap(box, framed.box) > 0 and box[3] - box[1] > 8 and box[2] - box[0] > 8]
-        if all(box[0] > framed.box[0] - 12 and box[2] < framed.box[2] + 12 for box in wider):
+        # The boxes of a diagram hold text, too: what is drawn beside them goes over the frames' sides then.
+        middle = (view.boxes[:, 1] + view.boxes[:, 3]) / 2
+        beside = view.boxes[(middle > framed.box[1]) & (middle < framed.box[3])]
+        beside = beside[(beside[:, 2] > column[0]) & (beside[:, 0] < column[1])]
+        if not len(beside) or (beside[:, 0].min() > framed.box[0] - 12 and beside[:, 2].max() < framed.box[2] + 12):
             return framed
     band = _band(caption, view, column, up, listings=True)
     boxes = view.boxes
