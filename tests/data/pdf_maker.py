@@ -6,6 +6,8 @@ from functools import lru_cache
 from pathlib import Path
 
 TIMES, HELVETICA, COURIER = "F1", "F2", "F3"
+BITMAP_PIXEL = 0.12
+"""Points of a pixel of F5, at 600 dpi."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,12 @@ def text(x: float, y: float, line: str, font: str = TIMES, size: float = 10, mod
     return f"BT {gray} g {mode} Tr /{font} {size} Tf {x} {y} Td ({escaped}) Tj 0 g ET\n"
 
 
+def bitmap_text(x: float, y: float, line: str) -> str:
+    """A line in F5, a monospaced bitmap font of 10 points whose size in the file is one pixel."""
+    escaped = line.replace("\\", r"\\").replace("(", r"\(").replace(")", r"\)")
+    return f"BT 0 g 0 Tr /F5 1 Tf {BITMAP_PIXEL} 0 0 {BITMAP_PIXEL} {x} {y} Tm ({escaped}) Tj ET\n"
+
+
 def paragraph(x: float, y: float, lines: list[str], size: float = 10) -> str:
     """Lines at a pitch of 12 points."""
     return "".join(text(x, y - 12 * i, line, size=size) for i, line in enumerate(lines))
@@ -49,6 +57,24 @@ def plot(x: float, y: float, width: float, height: float) -> str:
 def rule(x: float, y: float, width: float) -> str:
     """A thin horizontal line."""
     return f"0.5 w {x} {y} m {x + width} {y} l S\n"
+
+
+def _bitmap_font(number: int, to_unicode: int) -> list[bytes]:
+    """Objects of F5: its letters are bars, those with ascenders higher than the others."""
+    tall = {code for code in range(33, 127) if not chr(code).islower() or chr(code) in "bdfhklt"}
+    shapes = "".join(f"/g{code} {number + (1 if code in tall else 2)} 0 R " for code in range(32, 127))
+    names = " ".join(f"/g{code}" for code in range(32, 127))
+    widths = " ".join(["48"] * 95)
+    font = (
+        f"<< /Type /Font /Subtype /Type3 /FontBBox [0 0 0 0] /FontMatrix [1 0 0 1 0 0] /FirstChar 32 /LastChar 126"
+        f" /Widths [{widths}] /Encoding << /Type /Encoding /Differences [32 {names}] >> /CharProcs << {shapes}>>"
+        f" /Resources << >> /ToUnicode {to_unicode} 0 R >>"
+    )
+    found = [font.encode()]
+    for height in (58, 36):
+        shape = f"48 0 4 0 40 {height} d1 4 0 36 {height} re f".encode()
+        found.append(f"<< /Length {len(shape)} >>".encode() + b"\nstream\n" + shape + b"\nendstream")
+    return found
 
 
 @lru_cache(maxsize=1)
@@ -67,7 +93,7 @@ def write_pdf(
 ) -> Path:
     """Write pages of content as a PDF with three standard fonts and, for /Layer, a group that is switched off.
 
-    F4 is Times with letters that stand for other code points, those of `unicode_map`.
+    F4 is Times with letters that stand for other code points, those of `unicode_map`. F5 is a bitmap font, see `bitmap_text`.
     """
     objects: list[bytes] = []
     forms = forms or {}
@@ -75,7 +101,7 @@ def write_pdf(
     first_form = 6 + 2 * len(pages)
     layer = first_form + len(forms)
     named = " ".join(f"/{name} {first_form + i} 0 R" for i, name in enumerate(forms))
-    fonts = f"/F1 3 0 R /F2 4 0 R /F3 5 0 R /F4 {layer + 1} 0 R"
+    fonts = f"/F1 3 0 R /F2 4 0 R /F3 5 0 R /F4 {layer + 1} 0 R /F5 {layer + 3} 0 R"
     resources = f"/Resources << /Font << {fonts} >> /XObject << {named} >> /Properties << /Layer {layer} 0 R >> >>"
     objects.append(
         f"<< /Type /Catalog /Pages 2 0 R /OCProperties << /OCGs [{layer} 0 R] /D << /OFF [{layer} 0 R] >> >> >>".encode()
@@ -107,6 +133,7 @@ def write_pdf(
         f"begincmap 1 begincodespacerange <00> <ff> endcodespacerange {len(codes)} beginbfchar\n{lines}endbfchar endcmap".encode()
     )
     objects.append(f"<< /Length {len(cmap)} >>".encode() + b"\nstream\n" + cmap + b"\nendstream")
+    objects += _bitmap_font(layer + 3, layer + 2)
     if encrypt:
         secret = "<" + "41" * 32 + ">"
         objects.append(f"<< /Filter /Standard /V 1 /R 2 /O {secret} /U {secret} /P -4 >>".encode())
