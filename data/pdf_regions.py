@@ -12,7 +12,7 @@ import numpy as np
 from moexpand.data.pdf_captions import CAPTION, Caption, union
 from moexpand.data.pdf_layout import Page, Style
 from moexpand.data.pdf_text import Box, Line
-from moexpand.data.pdf_view import RULE, PageView, area, inside, overlap
+from moexpand.data.pdf_view import RULE, PageView, area, inside, overlap, stacked
 
 MARGIN = 3.0
 """Points of white kept around a region."""
@@ -262,17 +262,10 @@ def _framed_region(caption: Caption, view: PageView, column: tuple[float, float]
     frame = union(near)
     # Shades are often drawn in pieces, one above the other.
     for _ in frames:
-        frame = union([frame, *(other for other in frames if _stacked(other, frame, view))])
+        frame = union([frame, *(other for other in frames if stacked(other, frame, 1.5 * view.style.body_size))])
     beside = [line.box for line in view.lines if frame[1] - 2 < line.middle < frame[3] + 2 and _in_band(line.box, band)]
     box = _clip(union([frame, *beside]), band)
     return _Region(box, 0.8, _gap(box, caption, up))
-
-
-def _stacked(one: Box, other: Box, view: PageView) -> bool:
-    """Two frames touch, or nearly do with the same width: the listings of one figure, each with a frame of its own."""
-    gap = max(one[1] - other[3], other[1] - one[3])
-    same = abs(one[0] - other[0]) < 3 and abs(one[2] - other[2]) < 3
-    return gap < (1.5 * view.style.body_size if same else 3)
 
 
 def _rows_beside(caption: Caption, lines: list[Line], up: bool, reach: float, first: float | None = None) -> list[Line]:

@@ -280,6 +280,13 @@ def overlap(one: Box, other: Box) -> float:
     return area((max(one[0], other[0]), max(one[1], other[1]), min(one[2], other[2]), min(one[3], other[3])))
 
 
+def stacked(one: Box, other: Box, near: float) -> bool:
+    """Two frames touch, or are near with the same width: the listings of one figure, each with a frame of its own."""
+    gap = max(one[1] - other[3], other[1] - one[3])
+    same = abs(one[0] - other[0]) < 3 and abs(one[2] - other[2]) < 3
+    return gap < (near if same else 3)
+
+
 def join_rules(boxes: Boxes) -> list[Box]:
     """Horizontal rules at least 40 points long, from pieces on one height that touch or nearly do."""
     thin = boxes[(boxes[:, 3] - boxes[:, 1] < RULE) & (boxes[:, 2] - boxes[:, 0] > 4)]
@@ -357,4 +364,4 @@ def cluster(boxes: Boxes) -> list[Box]:
         hulls = merged
 
 
-__all__ = ["Boxes", "PageView", "area", "inside", "join_rules", "overlap", "union"]
+__all__ = ["Boxes", "PageView", "area", "inside", "join_rules", "overlap", "stacked", "union"]
