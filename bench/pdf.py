@@ -28,10 +28,10 @@ Run = Callable[[Path], object]
 
 def ours(path: Path) -> None:
     """Text, figures and tables of a PDF into a folder that is thrown away."""
-    from moexpand.data.pdf import PdfLimits, extract_pdf
+    from moexpand.data.pdf import DocumentLimits, extract_pdf
 
     with tempfile.TemporaryDirectory() as folder:
-        extract_pdf(str(path), folder, PdfLimits())
+        extract_pdf(str(path), folder, DocumentLimits())
 
 
 def with_pdfplumber(path: Path) -> int:

@@ -29,7 +29,7 @@ MIN_EQUATION_POINTS = 4.0
 
 
 @dataclass(frozen=True)
-class PdfLimits:
+class DocumentLimits:
     """What the user may set."""
 
     image_dpi: int = 144

@@ -18,7 +18,7 @@ from typing import Any
 
 from PIL import Image
 
-from moexpand.data.document import MAX_PAGES, PdfLimits, Refused, equation_pattern, figure_pattern, mentions_of, write_result
+from moexpand.data.document import MAX_PAGES, DocumentLimits, Refused, equation_pattern, figure_pattern, mentions_of, write_result
 from moexpand.data.image_decode import DEFAULT_LIMITS, BadImage, decode_image, image_size
 from moexpand.data.parts import Unusable
 from moexpand.data.pdf_captions import label_of
@@ -86,7 +86,7 @@ class Parsed:
             self.items.append(Paragraph(text, page))
 
 
-def extract_parsed(path: str, folder: str, limits: PdfLimits, read: Callable[[Path], Parsed]) -> None:
+def extract_parsed(path: str, folder: str, limits: DocumentLimits, read: Callable[[Path], Parsed]) -> None:
     """Extract one parsed document into a folder; see document.py for what is written there.
 
     Args:
@@ -205,7 +205,7 @@ class _Pictures:
         return written.getvalue()
 
 
-def _records(parsed: Parsed, pictures: _Pictures, limits: PdfLimits, pages: Tally, figures: Tally) -> list[dict[str, Any]]:
+def _records(parsed: Parsed, pictures: _Pictures, limits: DocumentLimits, pages: Tally, figures: Tally) -> list[dict[str, Any]]:
     for page in parsed.pages:
         if page <= MAX_PAGES:
             pages.keep()
@@ -232,7 +232,7 @@ def _records(parsed: Parsed, pictures: _Pictures, limits: PdfLimits, pages: Tall
     return records + [_record(figure, image, place, paragraphs) for figure, image, place in kept]
 
 
-def _usable(figure: Figure, pictures: _Pictures, limits: PdfLimits) -> str:
+def _usable(figure: Figure, pictures: _Pictures, limits: DocumentLimits) -> str:
     """File of a figure's picture.
 
     Raises:

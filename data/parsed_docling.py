@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moexpand.data.document import PdfLimits, Refused
+from moexpand.data.document import DocumentLimits, Refused
 from moexpand.data.parsed import (
     Box,
     Figure,
@@ -32,7 +32,7 @@ MAX_PAGE = 1_000_000
 _REFERENCE = re.compile(r"#/(\w+)/(\d{1,9})")
 
 
-def extract_docling(path: str, folder: str, limits: PdfLimits) -> None:
+def extract_docling(path: str, folder: str, limits: DocumentLimits) -> None:
     """Extract one DoclingDocument into a folder; see `parsed.extract_parsed`."""
     extract_parsed(path, folder, limits, read_docling)
 

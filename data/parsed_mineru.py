@@ -12,7 +12,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from moexpand.data.document import PdfLimits, Refused
+from moexpand.data.document import DocumentLimits, Refused
 from moexpand.data.parsed import Box, Figure, Parsed, Picture, clean, extract_parsed, load_json, numbers, split_caption, tag_of
 
 LEFT_OUT = ("header", "footer", "page_number", "aside_text", "page_footnote", "discarded")
@@ -21,7 +21,7 @@ FIGURES = {"image": "figure", "chart": "figure", "table": "table", "equation": "
 MAX_PAGE = 1_000_000
 
 
-def extract_mineru(path: str, folder: str, limits: PdfLimits) -> None:
+def extract_mineru(path: str, folder: str, limits: DocumentLimits) -> None:
     """Extract one content list into a folder; see `parsed.extract_parsed`."""
     extract_parsed(path, folder, limits, read_mineru)
 

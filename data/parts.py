@@ -31,7 +31,7 @@ VISION_TOKENS = (
 """How families write an image (before, once per vision token, after): Qwen-VL and Intern-S1-Pro; InternVL and Intern-S1."""
 
 _IMAGE_NAME = re.compile(r"(?:[0-9]+\.)?[a-z0-9]+")
-NO_SPANS = np.zeros((0, 2), dtype=np.int64)
+_NO_SPANS = np.zeros((0, 2), dtype=np.int64)
 _KEYS = {"text": {"text", "loss", "special"}, "image": {"image"}}
 
 
@@ -115,7 +115,7 @@ def encode_parts(parts: Sequence[Part], tokenizer: Tokenizer, image_tokens: Sequ
     """
     if len(parts) == 1 and not image_tokens and "text" in parts[0] and not parts[0].get("special", False):
         ids = np.array(tokenizer.encode(parts[0]["text"]), dtype=np.int32)
-        return EncodedSample(ids, np.full(len(ids), parts[0].get("loss", True), dtype=bool), NO_SPANS)
+        return EncodedSample(ids, np.full(len(ids), parts[0].get("loss", True), dtype=bool), _NO_SPANS)
     _check_images(parts, image_tokens)
     collected = _Collector(tokenizer)
     images = iter(image_tokens)
@@ -142,7 +142,7 @@ def encode_text(parts: Sequence[Part], tokenizer: Tokenizer) -> EncodedSample:
         return encoded[0]
     ids = np.concatenate([np.zeros(0, dtype=np.int32), *(piece.ids for piece in encoded)])
     loss = np.concatenate([np.zeros(0, dtype=bool), *(piece.loss for piece in encoded)])
-    return EncodedSample(ids, loss, NO_SPANS)
+    return EncodedSample(ids, loss, _NO_SPANS)
 
 
 def _check_images(parts: Sequence[Part], image_tokens: Sequence[int]) -> None:

@@ -16,7 +16,7 @@ import pypdfium2.raw as raw
 from moexpand.data.document import (
     MAX_PAGES,
     MIN_EQUATION_POINTS,
-    PdfLimits,
+    DocumentLimits,
     Refused,
     equation_pattern,
     figure_pattern,
@@ -35,6 +35,8 @@ from moexpand.data.tally import Tally
 
 STRIP = 4.0
 """A figure that is so many times wider than high is a strip: a drawn scale, one row of boxes, two lines of code."""
+STRIP_HEIGHT = 0.25
+"""Part of the smallest side of a figure that a strip must be high."""
 
 
 @dataclass
@@ -48,7 +50,7 @@ class _Document:
     words: Counter[str]
 
 
-def extract_pdf(path: str, folder: str, limits: PdfLimits) -> None:
+def extract_pdf(path: str, folder: str, limits: DocumentLimits) -> None:
     """Extract one PDF into a folder: records.jsonl, PNG files, counts.json.
 
     Args:
@@ -105,7 +107,7 @@ def _read(pdf: pdfium.PdfDocument, tally: Tally) -> _Document:
     return _Document(pdf, pages, replace(style, margins=margins_of(pages, columns, style)), columns, words)
 
 
-def _extract(path: Path, out: Path, limits: PdfLimits, pages_tally: Tally, figures_tally: Tally) -> list[dict[str, Any]]:
+def _extract(path: Path, out: Path, limits: DocumentLimits, pages_tally: Tally, figures_tally: Tally) -> list[dict[str, Any]]:
     document = _read(_open(path), pages_tally)
     captions = find_captions(document.pages, document.columns, document.style)
     find_regions(captions, document.pages, document.style, document.columns)
@@ -116,7 +118,7 @@ def _extract(path: Path, out: Path, limits: PdfLimits, pages_tally: Tally, figur
         source = document.pdf[page.number] if own else None
         for caption in own:
             name = f"{caption.kind}-{caption.page + 1:04d}-{re.sub('[^0-9A-Za-z]', '_', caption.number)}.png"
-            smallest = limits.smallest(caption.kind) * (0.25 if _is_strip(caption) else 1.0)
+            smallest = limits.smallest(caption.kind) * (STRIP_HEIGHT if _is_strip(caption) else 1.0)
             if _crop(source, page, caption.region, limits.image_dpi, smallest, out / name, figures_tally):
                 inner = " ".join(line.text for line in page.lines if caption.region and _holds(caption.region, line.box))
                 kept.append((caption, name, inner))
@@ -157,7 +159,7 @@ def _record(
 
 
 def _equations(
-    document: _Document, page: Page, equations: list[Equation], texts: list[Text], limits: PdfLimits, out: Path, tally: Tally
+    document: _Document, page: Page, equations: list[Equation], texts: list[Text], limits: DocumentLimits, out: Path, tally: Tally
 ) -> list[dict[str, Any]]:
     """Records of a page's equations."""
     records = []

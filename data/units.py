@@ -18,7 +18,7 @@ from typing import IO, Any
 from moexpand.base.errors import InputError
 from moexpand.data.chat import ChatSettings, chat_row
 from moexpand.data.chat_template import ChatTemplate, load_chat_template
-from moexpand.data.document import COUNTS, RECORDS, PdfLimits
+from moexpand.data.document import COUNTS, RECORDS, DocumentLimits
 from moexpand.data.image_decode import BadImage, image_size
 from moexpand.data.measures import measure
 from moexpand.data.parsed_docling import extract_docling
@@ -35,7 +35,7 @@ MEASURES = "measures.jsonl"
 REFUSED = "refused"
 LETTERS = {"text": "t", "figure": "f", "table": "f", "equation": "f", "image": "i", "chat": "c", "record": "r"}
 PARQUET_ROWS = 4096
-EXTRACTORS: dict[str, Callable[[str, str, PdfLimits], None]] = {
+EXTRACTORS: dict[str, Callable[[str, str, DocumentLimits], None]] = {
     "pdf": extract_pdf,
     "mineru": extract_mineru,
     "docling": extract_docling,
@@ -50,7 +50,7 @@ class ReadOptions:
     tokenizer: str = "qwen"
     sample_characters: int = 6000
     text_key: str = "text"
-    pdf: PdfLimits = field(default_factory=PdfLimits)
+    pdf: DocumentLimits = field(default_factory=DocumentLimits)
     chat: ChatSettings = field(default_factory=ChatSettings)
     chat_template: str | None = None
     """A jinja file or a Hugging Face folder; None takes the tokenizer's."""

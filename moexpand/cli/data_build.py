@@ -9,7 +9,7 @@ from moexpand.conf.data_schema import Captioner, DataBuildCommand
 from moexpand.data.build import BuildOptions, build_dataset
 from moexpand.data.captioner import CaptionerSettings
 from moexpand.data.chat import ChatSettings
-from moexpand.data.document import PdfLimits
+from moexpand.data.document import DocumentLimits
 from moexpand.data.endpoint import ClientSettings, Route
 from moexpand.data.filters import Thresholds
 from moexpand.data.near_duplicates import NearLimits
@@ -27,7 +27,7 @@ def run(config: DataBuildCommand) -> None:
             tokenizer=config.tokenizer,
             sample_characters=config.sample_characters,
             text_key=config.text_key,
-            pdf=PdfLimits(config.image_dpi, filters.min_figure_points, config.equations),
+            pdf=DocumentLimits(config.image_dpi, filters.min_figure_points, config.equations),
             chat=ChatSettings(chat.enable_thinking, chat.history, chat.date),
             chat_template=chat.template,
             templates=read_templates(Path(config.templates)) if config.templates else None,

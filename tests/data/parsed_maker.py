@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from moexpand.data.document import COUNTS, RECORDS, PdfLimits
+from moexpand.data.document import COUNTS, RECORDS, DocumentLimits
 from moexpand.data.parsed_docling import extract_docling
 from moexpand.data.parsed_mineru import extract_mineru
 from tests.data.pdf_maker import paragraph, write_pdf
@@ -20,7 +20,7 @@ EXAMPLE = Path(__file__).parent / "docling_example"
 
 LONG = "The measured curve rises for a while and then falls, and nobody who looked at it found another reason for that. "
 
-EVERYTHING = PdfLimits(equations=True)
+EVERYTHING = DocumentLimits(equations=True)
 
 
 def picture(form: str = "JPEG", side: int = 120) -> bytes:
@@ -89,7 +89,7 @@ def mineru(folder: Path, blocks: Any = BLOCKS, name: str = "paper", middle: bool
     return path
 
 
-def read(path: Path, out: Path, limits: PdfLimits = EVERYTHING) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def read(path: Path, out: Path, limits: DocumentLimits = EVERYTHING) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Records and counts of a parsed document."""
     out.mkdir()
     extract = extract_mineru if "content_list" in path.name else extract_docling

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moexpand.data.document import COUNTS, RECORDS, PdfLimits
+from moexpand.data.document import COUNTS, RECORDS, DocumentLimits
 from moexpand.data.pdf import extract_pdf
 
 BODY = [
@@ -14,10 +14,10 @@ BODY = [
 ]
 
 
-def extract(pdf: Path, folder: Path, limits: PdfLimits | None = None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def extract(pdf: Path, folder: Path, limits: DocumentLimits | None = None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Records and counts of a PDF."""
     folder.mkdir()
-    extract_pdf(str(pdf), str(folder), limits or PdfLimits())
+    extract_pdf(str(pdf), str(folder), limits or DocumentLimits())
     records = [json.loads(line) for line in (folder / RECORDS).read_text().splitlines()]
     return records, json.loads((folder / COUNTS).read_text())
 

@@ -46,7 +46,7 @@ from typing import NamedTuple
 import numpy as np
 import pypdfium2 as pdfium
 
-from moexpand.data.document import RECORDS, PdfLimits
+from moexpand.data.document import RECORDS, DocumentLimits
 from moexpand.data.pdf import extract_pdf
 from moexpand.data.sample_pdfs import fetch_documents
 
@@ -216,7 +216,7 @@ class Ink:
 def extract(path: Path) -> list[Item]:
     """Run the extraction on a PDF, with its default settings."""
     with tempfile.TemporaryDirectory() as folder:
-        extract_pdf(str(path), folder, PdfLimits())
+        extract_pdf(str(path), folder, DocumentLimits())
         with open(Path(folder) / RECORDS, encoding="utf-8") as file:
             records = [json.loads(line) for line in file]
     return [

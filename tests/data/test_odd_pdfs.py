@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from moexpand.data.document import COUNTS, PdfLimits
+from moexpand.data.document import COUNTS, DocumentLimits
 from moexpand.data.pdf import extract_pdf
 from moexpand.data.sandbox import run_jobs
 from tests.data.pdf_maker import text
@@ -26,7 +26,7 @@ def end_of(path: Path, folder: Path) -> tuple[str, float]:
     """What becomes of a document in a process with the limits of a build, and the processor seconds of that process."""
     folder.mkdir()
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    ((_, failure),) = run_jobs(extract_pdf, [(str(path), str(folder), PdfLimits())], 1, 60.0)
+    ((_, failure),) = run_jobs(extract_pdf, [(str(path), str(folder), DocumentLimits())], 1, 60.0)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     reason = failure or json.loads((folder / COUNTS).read_text())["reason"] or "kept"
     return reason, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime

@@ -13,7 +13,7 @@ from PIL import Image
 from moexpand.base.errors import InputError
 from moexpand.data import parsed
 from moexpand.data.build import _digest
-from moexpand.data.document import PdfLimits
+from moexpand.data.document import DocumentLimits
 from moexpand.data.sources import list_sources
 from tests.data.parsed_maker import BLOCKS, EXAMPLE, LONG, docling, mineru, picture, read
 from tests.data.pdf_reading import of_kind, texts_of
@@ -70,7 +70,7 @@ def test_small_figures_and_late_pages_are_dropped(tmp_path):
 
 
 def test_boxes_are_left_out_where_mineru_does_not_say_how_large_pages_are(tmp_path):
-    records, counts = read(mineru(tmp_path / "paper", middle=False), tmp_path / "out", PdfLimits())
+    records, counts = read(mineru(tmp_path / "paper", middle=False), tmp_path / "out", DocumentLimits())
     assert [record["box"] for record in records if record["kind"] != "text"] == [None] * 3
     assert counts["pages"]["input"] == 2
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 from PIL import Image
 
-from moexpand.data.document import PdfLimits
+from moexpand.data.document import DocumentLimits
 from moexpand.data.sample_pdfs import SAMPLES
 from tests.data.pdf_maker import COURIER, HELVETICA, paragraph, plot, rule, text, write_pdf
 from tests.data.pdf_reading import BODY, extract, texts_of
@@ -137,7 +137,7 @@ def test_labels_in_another_font_do_not_bound_a_figure(tmp_path):
 
 
 def test_the_same_file_gives_the_same_bytes_in_every_process(tmp_path):
-    options = "PdfLimits(image_dpi=36, equations=True)"
+    options = "DocumentLimits(image_dpi=36, equations=True)"
     code = f"import sys; from moexpand.data.pdf import *; extract_pdf(sys.argv[1], sys.argv[2], {options})"
     for seed in ("1", "2"):
         (tmp_path / seed).mkdir()
@@ -149,7 +149,7 @@ def test_the_same_file_gives_the_same_bytes_in_every_process(tmp_path):
 
 
 def test_every_numbered_figure_of_a_real_vignette_is_found(tmp_path):
-    records, counts = extract(SAMPLES / "hcl-colors.pdf", tmp_path / "out", PdfLimits(image_dpi=72))
+    records, counts = extract(SAMPLES / "hcl-colors.pdf", tmp_path / "out", DocumentLimits(image_dpi=72))
     assert counts["figures"] == {"input": 9, "kept": 9, "dropped": {}}
     assert sorted(int(record["number"]) for record in records if record["kind"] == "figure") == list(range(1, 10))
     joined = " ".join(texts_of(records))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moexpand.data.document import PdfLimits
+from moexpand.data.document import DocumentLimits
 from tests.data.pdf_maker import paragraph, plot, text, write_pdf
 from tests.data.pdf_reading import BODY, extract, of_kind, texts_of
 
@@ -24,7 +24,7 @@ def test_equations_are_taken_only_when_asked_for(tmp_path):
     pdf = write_pdf(tmp_path / "a.pdf", [page()])
     without, _ = extract(pdf, tmp_path / "without")
     assert not of_kind(without, "equation")
-    with_them, counts = extract(pdf, tmp_path / "with", PdfLimits(equations=True))
+    with_them, counts = extract(pdf, tmp_path / "with", DocumentLimits(equations=True))
     assert [record["number"] for record in of_kind(with_them, "equation")] == ["3.1"]
     assert counts["figures"] == {"input": 1, "kept": 1, "dropped": {}}
     # What is running text does not depend on the option.
@@ -32,7 +32,7 @@ def test_equations_are_taken_only_when_asked_for(tmp_path):
 
 
 def test_an_equation_has_its_picture_its_characters_and_the_paragraphs_around(tmp_path):
-    records, _ = extract(write_pdf(tmp_path / "a.pdf", [page()]), tmp_path / "out", PdfLimits(equations=True))
+    records, _ = extract(write_pdf(tmp_path / "a.pdf", [page()]), tmp_path / "out", DocumentLimits(equations=True))
     (equation,) = of_kind(records, "equation")
     assert equation["inner_text"].split() == ["E", "=", "m", "c", "2", "+", "x"]
     assert "stand before" in equation["text"]
@@ -49,7 +49,7 @@ def test_an_equation_has_its_picture_its_characters_and_the_paragraphs_around(tm
 def test_equations_of_neighbouring_rows_are_parted(tmp_path):
     rows = "".join(text(240, 670 - 16 * i, f"a = b + {i}") + text(482, 670 - 16 * i, f"({i + 1})") for i in range(3))
     content = paragraph(72, 760, BODY * 2) + rows + paragraph(72, 600, BODY)
-    records, _ = extract(write_pdf(tmp_path / "a.pdf", [content]), tmp_path / "out", PdfLimits(equations=True))
+    records, _ = extract(write_pdf(tmp_path / "a.pdf", [content]), tmp_path / "out", DocumentLimits(equations=True))
     assert [(record["number"], record["inner_text"]) for record in of_kind(records, "equation")] == [
         ("1", "a = b + 0"),
         ("2", "a = b + 1"),
@@ -68,5 +68,5 @@ def test_equations_of_neighbouring_rows_are_parted(tmp_path):
 )
 def test_numbers_in_parentheses_without_a_formula_are_no_equations(tmp_path, other):
     content = paragraph(72, 760, BODY * 2) + other + text(NUMBER_X, 662, "(3.1)") + paragraph(72, 560, BODY)
-    records, _ = extract(write_pdf(tmp_path / "a.pdf", [content]), tmp_path / "out", PdfLimits(equations=True))
+    records, _ = extract(write_pdf(tmp_path / "a.pdf", [content]), tmp_path / "out", DocumentLimits(equations=True))
     assert not of_kind(records, "equation")
