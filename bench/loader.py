@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from io import BytesIO
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -205,14 +206,14 @@ def planning(folder: Path) -> None:
 
 def shares(shards: str) -> None:
     """Fill, and tokens of images of the fullest rank over the mean."""
-    for ranks, each in ((2, 8), (4, 8), (8, 8), (2, 16)):
-        data = PackedData(shards, SEQ, ranks * each, 0, held_out=0.0, reading=Reading(images=IMAGES))
+    for seq_length, (ranks, each) in product((4096, 8192), ((2, 8), (4, 8), (8, 8))):
+        data = PackedData(shards, seq_length, ranks * each, 0, held_out=0.0, reading=Reading(images=IMAGES))
         steps = max(1, data.packs_per_epoch // data.global_batch)
         loads = [data.vision_tokens(step, ranks) for step in range(steps)]
         over = [load.max() / load.mean() for load in loads if load.any()]
         print(
-            f"{ranks} ranks of {each} packs: fill {data.fill:.2%}, images' tokens of the fullest rank over the mean: median"
-            f" {statistics.median(over):.3f}, largest {max(over):.3f} of {len(over)} steps"
+            f"packs of {seq_length}, {ranks} ranks of {each}: fill {data.fill:.2%}, tokens of images of the fullest rank over"
+            f" the mean: median {statistics.median(over):.3f}, largest {max(over):.3f} of {len(over)} steps"
         )
     for sentence in data.left_out():
         print(sentence)

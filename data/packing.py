@@ -12,6 +12,9 @@ import numpy as np
 from moexpand.data.order import permutation
 from moexpand.data.spreading import spread
 
+PACKING = 2
+"""The number of these rules; with other rules a run cannot go on, and counts of packs are made anew."""
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -17,10 +17,8 @@ import numpy as np
 from moexpand.base.errors import EnvironmentFailure
 from moexpand.base.files import write_atomic
 from moexpand.data.order import Shuffle, permutation
-from moexpand.data.packing import Plan, count_packs, plan_window
+from moexpand.data.packing import PACKING, Plan, count_packs, plan_window
 
-ALGORITHM = "1"
-"""Of the packing; another number forgets the counts that were kept."""
 WINDOW = 65536
 """Samples that are packed together; a window loses at most about one pack to padding."""
 PLANS_HELD = 3
@@ -106,7 +104,7 @@ class PackSequence:
         self._lengths, self._order, self._seq_length, self._seed = lengths, order, seq_length, seed
         self._vision = vision
         self._plans: OrderedDict[int, Plan] = OrderedDict()
-        said = f"{ALGORITHM} {fingerprint or hashlib.sha256(lengths.tobytes()).hexdigest()} {order.name} {seq_length} {seed}"
+        said = f"{PACKING} {fingerprint or hashlib.sha256(lengths.tobytes()).hexdigest()} {order.name} {seq_length} {seed}"
         self._file = folder / f"packs-{hashlib.sha256(said.encode()).hexdigest()[:20]}.npy" if folder else None
         # Packs of windows 0, 1, ... of all epochs, as far as they are known, and the number of packs before each.
         self._packs = self._read()

@@ -6,6 +6,7 @@ from typing import Any
 from moexpand.conf.layers import layer_factors
 from moexpand.conf.schema import Optim, Parallel, Router, TrainCommand
 from moexpand.data.loader import PackedData
+from moexpand.data.packing import PACKING
 from moexpand.parallel.engine import Engine
 from moexpand.parallel.optimizer import AdamSettings
 from moexpand.parallel.ranks import Ranks
@@ -99,6 +100,7 @@ def fixed_settings(config: TrainCommand, source: Source, data: PackedData) -> di
         "the plan of expand": None if source.plan is None else source.plan.digest,
         "tokenizer": data.fingerprint,
         "the samples of the shards": data.corpus_fingerprint,
+        "the rules of packing": PACKING,
         **{
             f"the model's {name}": list(value) if isinstance(value, tuple) else value
             for name, value in asdict(source.architecture).items()

@@ -41,6 +41,19 @@ def test_ranks_are_level_although_best_fit_leaves_most_pictures_to_a_few_packs()
     assert medians[1] < 1.02
 
 
+def test_packs_of_nothing_but_pictures_are_broken_up_although_hardly_a_token_of_room_is_left():
+    rng = np.random.default_rng(0)
+    texts = rng.normal(1950, 300, 1200).astype(np.int64)
+    lengths = np.concatenate([texts, rng.integers(240, 280, 300), rng.integers(300, 900, 400)])
+    vision = np.concatenate([np.zeros(1200, dtype=np.int64), rng.integers(80, 256, 700)])
+    before, count = best_fit(lengths, 4096)
+    assert lengths.sum() / (count * 4096) > 0.995
+    after = spread(before, lengths, vision, 4096)
+    heaviest, spread_out = (np.bincount(pack, weights=vision, minlength=count).max() for pack in (before, after))
+    assert heaviest > 12 * vision.sum() / count
+    assert spread_out < heaviest / 2
+
+
 def test_a_plan_holds_every_sample_once_with_and_without_pictures():
     rng = np.random.default_rng(1)
     lengths = rng.integers(5, CAPACITY, 500)
