@@ -35,7 +35,7 @@ from moexpand.data.selection import Asked, Unit, captioned, counted, refused, sa
 from moexpand.data.shards import Sample, cached_tokenizer, write_shard
 from moexpand.data.sources import SourceFile, list_sources
 from moexpand.data.tally import Tally
-from moexpand.data.units import REFUSED, ReadOptions, read_unit
+from moexpand.data.units import REFUSED, ReadOptions, read_unit, still_true
 from moexpand.data.workplace import Workplace, digest_of
 
 Say = Callable[[str], None]
@@ -176,6 +176,9 @@ def _read_all(
     todo: list[int] = []
     for number, name in enumerate(names):
         folder, done = work.unit(name)
+        if done and not still_true(files[number], folder):
+            work.forget(folder)
+            folder, done = work.unit(name)
         folders[number] = folder
         if not done:
             todo.append(number)

@@ -10,7 +10,9 @@ CONTENT_LIST = re.compile(r"(?P<start>(?:(?P<name>.+)_)?)content_list(?P<second>
 """Names that MinerU gives: with the document's name before it, or without."""
 OTHER_LIST = re.compile(r"(?P<start>(?:.+_)?)structured_content\.json", re.DOTALL)
 """What MinerU 4 writes; not read."""
-WITH_A_LIST = ("content_list_v2.json", "layout.pdf", "span.pdf", "spans.pdf", "origin.pdf", "model_output.txt")
+ORIGIN = "origin.pdf"
+"""End of the name of the PDF that MinerU parsed, where it copies it."""
+WITH_A_LIST = ("content_list_v2.json", "layout.pdf", "span.pdf", "spans.pdf", ORIGIN, "model_output.txt")
 """Ends of names of what MinerU writes beside a content list and what would be a source of its own otherwise."""
 CLOUD_TEXT = "full.md"
 """The Markdown of a document from MinerU's web service."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moexpand.base.errors import InputError
-from moexpand.data.parsed_files import came_along, named_format, parsed_format, refuse_other_list
+from moexpand.data.parsed_files import CONTENT_LIST, ORIGIN, came_along, named_format, parsed_format, refuse_other_list
 
 FORMATS = {
     ".pdf": "pdf",
@@ -76,8 +76,11 @@ def list_sources(pdfs: str | None, sources: list[str]) -> list[SourceFile]:
 def _of_folder(root: Path, only: str | None) -> list[SourceFile]:
     files = sorted(path for path in root.rglob("*") if path.is_file())
     captions = set() if only else {caption for path in files for caption in _captions_beside(path)}
-    parsed = {} if only else _parsed(files)
+    parsed = {path: "mineru" for path in files if CONTENT_LIST.fullmatch(path.name)} if only else _parsed(files)
     passed = captions.union(*(came_along(path, kind) for path, kind in parsed.items()))
+    if only:
+        # Of a document that MinerU parsed the PDF itself is read, and not its copies with boxes drawn on them.
+        passed = {path for path in passed if not path.name.endswith(ORIGIN)}
     found = []
     for folder in sorted({caption.parent for caption in captions}):
         inside = folder.relative_to(root).as_posix()

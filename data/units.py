@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from moexpand.base.errors import InputError
+from moexpand.base.files import sha256
 from moexpand.data.chat import ChatSettings, chat_row
 from moexpand.data.chat_template import ChatTemplate, load_chat_template
 from moexpand.data.document import COUNTS, RECORDS, DocumentLimits
@@ -68,6 +69,8 @@ class Records:
         self.folder = folder
         self.documents, self.pages, self.figures = Tally(), Tally(), Tally()
         self.untrained_answers = 0
+        self.pictures: dict[str, str | None] = {}
+        """SHA-256 of the pictures that rows name; None where one could not be used."""
         self._numbers: Counter[str] = Counter()
         self._records: IO[str] = open(folder / f".{RECORDS}", "w", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._measures: IO[str] = open(folder / MEASURES, "w", encoding="utf-8")  # noqa: SIM115
@@ -120,6 +123,7 @@ class Records:
             "pages": self.pages.as_json(),
             "figures": self.figures.as_json(),
             "untrained_answers": self.untrained_answers,
+            "pictures": self.pictures,
         }
         (self.folder / COUNTS).write_text(json.dumps(counts), encoding="utf-8")
 
@@ -268,8 +272,24 @@ class _RowReader:
 
     def _image(self, name: str) -> str:
         """A picture of a row lies beside its file or below; nothing else of the disk is read."""
+        self._records.pictures[name] = None
         path = picture_inside(self._file.path.parent, name)
-        return self._records.keep_image(_content(path), path.suffix)
+        content = _content(path)
+        self._records.pictures[name] = hashlib.sha256(content).hexdigest()
+        return self._records.keep_image(content, path.suffix)
+
+
+def still_true(file: SourceFile, folder: Path) -> bool:
+    """Whether the pictures that the rows of a source name are those of the unit that was made of it."""
+    counts = json.loads((folder / COUNTS).read_text(encoding="utf-8"))
+    return all(_picture_digest(file, name) == digest for name, digest in counts.get("pictures", {}).items())
+
+
+def _picture_digest(file: SourceFile, name: str) -> str | None:
+    try:
+        return sha256(picture_inside(file.path.parent, name))
+    except (Unusable, OSError):
+        return None
 
 
 def _parquet_rows(path: Path, tally: Tally) -> Iterator[tuple[str, dict[str, Any]]]:

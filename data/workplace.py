@@ -66,6 +66,10 @@ class Workplace:
         os.rename(partial, folder)
         return folder
 
+    def forget(self, folder: Path) -> None:
+        """A source that has been read is to be read again."""
+        shutil.rmtree(folder)
+
     def written(self, number: int, digest: str) -> dict[str, Any] | None:
         """What dataset.json says of a shard, where the shard of this content has been written whole."""
         record = self._written / f"{number:06d}.json"

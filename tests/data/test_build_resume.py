@@ -200,3 +200,35 @@ def test_near_duplicates_go_whatever_file_they_come_from(tmp_path):
     summary = build_dataset(None, [str(folder)], tmp_path / "out", BuildOptions(ReadOptions("qwen-8192"), 1), lambda line: None)
     assert summary["stages"]["samples"]["dropped"] == {"near_text": 1}
     assert summary["samples"] == 2
+
+
+@pytest.mark.parametrize("change", ["another", "gone"])
+def test_a_picture_of_a_conversation_that_changed_in_between_is_read_anew(tmp_path, change):
+    folder = tmp_path / "chats"
+    folder.mkdir()
+    drawing = folder / "drawing.png"
+    Image.new("RGB", (64, 64), "red").save(drawing)
+    question = {"role": "user", "content": [{"type": "image", "image": "drawing.png"}, {"type": "text", "text": "What is this?"}]}
+    answers = [prose(70 + i, 30) for i in range(2)]
+    chats = [
+        {"messages": [asked, {"role": "assistant", "content": answer}]}
+        for asked, answer in zip([question, {"role": "user", "content": "And now?"}], answers, strict=True)
+    ]
+    (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats), encoding="utf-8")
+    build = BuildOptions(ReadOptions(tokenizer="qwen-8192"), 1)
+
+    def stop_when_read(line: str) -> None:
+        if line.startswith("[1/1]"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_dataset(None, [str(folder / "chats.jsonl")], tmp_path / "out", build, stop_when_read)
+    if change == "gone":
+        drawing.unlink()
+    else:
+        Image.new("RGB", (64, 64), "blue").save(drawing)
+    said: list[str] = []
+    build_dataset(None, [str(folder / "chats.jsonl")], tmp_path / "out", build, said.append)
+    assert not said[0].startswith("going on")
+    build_dataset(None, [str(folder / "chats.jsonl")], tmp_path / "fresh", build, lambda line: None)
+    assert digests(tmp_path / "out") == digests(tmp_path / "fresh")

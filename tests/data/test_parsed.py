@@ -237,6 +237,17 @@ def test_what_came_along_is_no_source_of_its_own(tmp_path):
     ]
 
 
+def test_a_folder_of_pdfs_gives_the_papers_and_not_the_copies_with_boxes_drawn_on_them(tmp_path):
+    folder = mineru(tmp_path / "paper").parent
+    for end in ("layout", "span", "spans", "origin"):
+        (folder / f"paper_{end}.pdf").write_bytes(b"%PDF-1.7")
+    (tmp_path / "floor_layout.pdf").write_bytes(b"%PDF-1.7")
+    (tmp_path / "structured_content.json").write_text('{"pages": []}')
+    found = list_sources(str(tmp_path), [])
+    assert sorted(file.path.name for file in found) == ["floor_layout.pdf", "paper_origin.pdf"]
+    assert {file.format for file in found} == {"pdf"}
+
+
 def test_other_json_is_refused_by_name_and_passed_over_in_folders(tmp_path):
     assert list_sources(None, [str(EXAMPLE / "embedded.json")])[0].format == "docling"
     assert list_sources(None, [str(mineru(tmp_path / "paper"))])[0].format == "mineru"

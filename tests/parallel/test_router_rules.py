@@ -209,8 +209,8 @@ BUFFERS = ("router.previous", "router.selection_bias", "default_vectors.total")
 
 
 def _halves(saved: Path, *run: Any) -> list[Leg]:
-    """Six steps in one go, three that are saved, three that go on from there."""
-    whole, first, second = Leg(*run, 0, 6), Leg(*run, 0, 3, save=saved), Leg(*run, 3, 6, load=saved)
+    """Seven steps in one go, three that are saved, four that go on from there; after an odd number no bias is 0 again."""
+    whole, first, second = Leg(*run, 0, 7), Leg(*run, 0, 3, save=saved), Leg(*run, 3, 7, load=saved)
     return [replace(leg, rules=STATEFUL, shape=SHAPE) for leg in (whole, first, second)]
 
 
