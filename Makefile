@@ -18,8 +18,9 @@ $(STAMP): pyproject.toml setup.py constraints.txt .ci/setup
 lint: setup
 	.ci/lint
 
+# Two files at a time: most of a test of whole commands is starting processes.
 test: setup
-	$(PYTEST) -m "not layouts and not faults and not extras and not chaos and not gpu"
+	$(PYTEST) --numprocesses 2 --dist loadfile -m "not layouts and not faults and not extras and not chaos and not gpu"
 
 # Every layout of docs/training.md against one rank, in curves and gradients; long.
 layouts: setup
