@@ -4,8 +4,10 @@
 TORCH ?= $(or $(patsubst .venv/setup-%.stamp,%,$(wildcard .venv/setup-*.stamp)),pinned)
 STAMP := .venv/setup-$(TORCH).stamp
 PYTEST := .venv/bin/python -m pytest --no-skips
+# Two files at a time: most of a test of whole commands is starting processes.
+TWO := --numprocesses 2 --dist loadfile
 # Whether any test carries the marker is asked quietly first: pytest calls a selection without tests a failure.
-MARKED = if $(PYTEST) --collect-only -qq -m $(1) >/dev/null 2>&1; then $(PYTEST) -m $(1); \
+MARKED = if $(PYTEST) --collect-only -qq -m $(1) >/dev/null 2>&1; then $(PYTEST) $(2) -m $(1); \
 	else code=$$?; [ $$code -eq 5 ] || { $(PYTEST) --collect-only -m $(1); exit $$code; }; \
 	echo "make $@: no test is marked $(1) yet, so nothing was shown."; fi
 
@@ -18,17 +20,16 @@ $(STAMP): pyproject.toml setup.py constraints.txt .ci/setup
 lint: setup
 	.ci/lint
 
-# Two files at a time: most of a test of whole commands is starting processes.
 test: setup
-	$(PYTEST) --numprocesses 2 --dist loadfile -m "not layouts and not faults and not extras and not chaos and not gpu"
+	$(PYTEST) $(TWO) -m "not layouts and not faults and not extras and not chaos and not gpu"
 
 # Every layout of docs/training.md against one rank, in curves and gradients; long.
 layouts: setup
-	@$(call MARKED,layouts)
+	@$(call MARKED,layouts,$(TWO))
 
 # Injected faults: killed ranks, torn files, full disks, hangs.
 faults: setup
-	@$(call MARKED,faults)
+	@$(call MARKED,faults,$(TWO))
 
 # Optional engines and services.
 extras: setup

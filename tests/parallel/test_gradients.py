@@ -13,11 +13,12 @@ from tests.processes import run_on_ranks
 
 LOSSES = {"balance_coefficient": 1e-2, "group_coefficient": 1e-2, "z_loss_coefficient": 1e-3}
 RULES = LOSSES | {"gradient": "ste"}
-BOUND = 1e-5
+BOUNDS = {"fp32": 2e-5, "fp64": 1e-12}
+"""An expert with few tokens has the largest distance in fp32, and it depends on the processor (5e-6 to 1.2e-5 seen)."""
 
 
-def _due(folder: Path, rules: dict[str, Any]) -> tuple[dict[str, np.ndarray], runs.Row]:
-    ((blocks, row),) = runs.gradient_blocks([Job(folder, {}, rules)])
+def _due(folder: Path, rules: dict[str, Any], precision: str) -> tuple[dict[str, np.ndarray], runs.Row]:
+    ((blocks, row),) = runs.gradient_blocks([Job(folder, {}, rules, precision)])
     return runs.merged([blocks]), row
 
 
@@ -35,14 +36,16 @@ def _worst(found: dict[str, np.ndarray], due: dict[str, np.ndarray]) -> tuple[fl
     return max((_distance(found[name], values), name) for name, values in due.items())
 
 
-def _check(folder: Path, size: int, layouts: dict[str, dict[str, Any]], rules: dict[str, Any]) -> None:
-    due, due_row = _due(folder, rules)
-    answers = run_on_ranks(runs.gradient_blocks, size, [Job(folder, layout, rules) for layout in layouts.values()], timeout=800)
+def _check(folder: Path, size: int, layouts: dict[str, dict[str, Any]], rules: dict[str, Any], precision: str) -> None:
+    due, due_row = _due(folder, rules, precision)
+    jobs = [Job(folder, layout, rules, precision) for layout in layouts.values()]
+    answers = run_on_ranks(runs.gradient_blocks, size, jobs, timeout=800)
+    bound = BOUNDS[precision]
     far = {}
     for number, name in enumerate(layouts):
         worst = _worst(runs.merged([answer[number][0] for answer in answers]), due)
         loss, norm = answers[0][number][1].loss, answers[0][number][1].grad_norm
-        if worst[0] > BOUND or abs(loss - due_row.loss) > BOUND * due_row.loss or abs(norm - due_row.grad_norm) > BOUND * norm:
+        if worst[0] > bound or abs(loss - due_row.loss) > bound * due_row.loss or abs(norm - due_row.grad_norm) > bound * norm:
             far[name] = (worst, loss, norm)
     assert not far, (far, due_row.loss, due_row.grad_norm)
 
@@ -50,15 +53,21 @@ def _check(folder: Path, size: int, layouts: dict[str, dict[str, Any]], rules: d
 @pytest.mark.layouts
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("size", "layouts"), [(2, TWO), (4, FOUR)], ids=["two ranks", "four ranks"])
-def test_every_gradient_of_a_parent_is_that_of_one_rank(deep_parent: Path, size: int, layouts: dict[str, Any]) -> None:
-    _check(deep_parent, size, layouts, RULES)
+@pytest.mark.parametrize("precision", BOUNDS)
+def test_every_gradient_of_a_parent_is_that_of_one_rank(
+    deep_parent: Path, size: int, layouts: dict[str, Any], precision: str
+) -> None:
+    _check(deep_parent, size, layouts, RULES, precision)
 
 
 @pytest.mark.layouts
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("size", "layouts"), [(2, GROUPED_TWO), (4, GROUPED_FOUR)], ids=["two ranks", "four ranks"])
-def test_every_gradient_of_a_grouped_child_is_that_of_one_rank(deep_child: Path, size: int, layouts: dict[str, Any]) -> None:
-    _check(deep_child, size, layouts, RULES)
+@pytest.mark.parametrize("precision", BOUNDS)
+def test_every_gradient_of_a_grouped_child_is_that_of_one_rank(
+    deep_child: Path, size: int, layouts: dict[str, Any], precision: str
+) -> None:
+    _check(deep_child, size, layouts, RULES, precision)
 
 
 @pytest.mark.parametrize(
@@ -73,4 +82,4 @@ def test_other_rules_have_the_same_gradients_on_every_layout(deep_child: Path, r
     layouts = {"TP2 EP2": {"tensor": 2, "expert": 2}, "CP2": {"context": 2}} | {
         name: GROUPED_TWO[name] for name in ("EP2 grouped_allgather", "ETP2 grouped_allgather")
     }
-    _check(deep_child, 2, layouts, rules)
+    _check(deep_child, 2, layouts, rules, "fp64")
