@@ -180,7 +180,7 @@ class PackSequence:
         if self._file is None:
             return
         try:
-            self._file.parent.mkdir(exist_ok=True)
+            self._file.parent.mkdir(parents=True, exist_ok=True)
             content = io.BytesIO()
             np.save(content, self._packs)
             write_atomic(self._file, content.getvalue())

@@ -1,6 +1,7 @@
 """One source of a run: its samples' lengths in tokens, which are trained on and which held out, their packs, their token ids."""
 
 import hashlib
+import os
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cached_property
@@ -64,6 +65,8 @@ class Reading:
     """Follow the samples' own marks of what is trained on; without, all text is."""
     cache: Path | None = None
     cache_bytes: int = 0
+    plans: Path | None = None
+    """Keeps counts of packs where the shards' own folder cannot be written."""
 
 
 class Stream:
@@ -210,6 +213,6 @@ class Stream:
         return SampleOrder(len(self.train), self._seed)
 
     def _sequence(self, samples: np.ndarray, order: Order, seed: int) -> PackSequence:
-        local = "://" not in self.corpus.place
-        folder = Path(self.corpus.place) / PLANS_FOLDER if local else self._reading.cache
+        local = "://" not in self.corpus.place and os.access(self.corpus.place, os.W_OK)
+        folder = Path(self.corpus.place) / PLANS_FOLDER if local else self._reading.cache or self._reading.plans
         return PackSequence(self.lengths[samples], order, self._seq_length, seed, folder, vision=self.vision[samples])

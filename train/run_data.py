@@ -31,6 +31,7 @@ def open_data(config: TrainCommand) -> PackedData:
             shuffle=config.data.shuffle,
             cache=Path(config.data.cache) if config.data.cache else None,
             cache_bytes=int(config.data.cache_gb * 1e9),
+            plans=Path(config.run.dir) / "plans",
         ),
     )
     data.check_epochs(config.train.steps)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from moexpand.base.errors import InputError
 from moexpand.data.index import ShardIndex, index_name, parse_index
 from moexpand.data.loader import MicroBatch, PackedData, unigram_entropy
+from moexpand.data.stream import Reading
 from moexpand.data.tokens import load_tokenizer
 
 SEQ = 128
@@ -274,3 +275,12 @@ def test_a_folder_without_shards_is_refused(tmp_path):
     (tmp_path / "dataset.json").write_text(json.dumps({"format_version": 99}))
     with pytest.raises(InputError, match="format version 99"):
         PackedData(tmp_path, SEQ, 1, seed=0)
+
+
+def test_counts_of_packs_of_shards_that_cannot_be_written_are_kept_in_the_runs_folder(corpus, tmp_path, monkeypatch):
+    shards = tmp_path / "shards"
+    shutil.copytree(corpus, shards, ignore=shutil.ignore_patterns(".plans"))
+    monkeypatch.setattr("moexpand.data.stream.os.access", lambda place, mode: False)  # root may write everywhere
+    PackedData(str(shards), 128, 8, 0, reading=Reading(plans=tmp_path / "run" / "plans")).batches(40, 0, 1, 8)
+    assert list((tmp_path / "run" / "plans").glob("packs-*.npy"))
+    assert not (shards / ".plans").exists()
