@@ -281,6 +281,6 @@ def test_counts_of_packs_of_shards_that_cannot_be_written_are_kept_in_the_runs_f
     shards = tmp_path / "shards"
     shutil.copytree(corpus, shards, ignore=shutil.ignore_patterns(".plans"))
     monkeypatch.setattr("moexpand.data.stream.os.access", lambda place, mode: False)  # root may write everywhere
-    PackedData(str(shards), 128, 8, 0, reading=Reading(plans=tmp_path / "run" / "plans")).batches(40, 0, 1, 8)
+    PackedData(str(shards), 128, 8, 0, reading=Reading(plans=tmp_path / "run" / "plans")).batch(40)
     assert list((tmp_path / "run" / "plans").glob("packs-*.npy"))
     assert not (shards / ".plans").exists()
