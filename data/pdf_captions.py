@@ -7,13 +7,10 @@ import re
 from dataclasses import dataclass
 from itertools import pairwise
 
+from moexpand.data.pdf_labels import ALONE, BARE, CAPTION, label_of
 from moexpand.data.pdf_layout import Page, Style
-from moexpand.data.pdf_text import Box, Line
+from moexpand.data.pdf_text import Box, Line, is_prose
 
-NUMBER = r"(?:[A-Z][.\-]?)?\d+(?:[.\-\u2013]\d+)*|[IVXL]+(?![a-z])"
-WORD = r"(?:(?:supplementary|supplemental|extended data)\s+)?(fig(?:ure|\.)?|scheme|tab(?:le|\.)?)"
-CAPTION = re.compile(rf"^{WORD}\s*({NUMBER})\s*([:.|\u2014\u2013]?)(?=\s|$)", re.I)
-BARE = re.compile(rf"^{WORD}\s*(?:{NUMBER})$", re.I)
 ENTRY = re.compile(r"(?:\.\s?){4,}\s*\d+$")
 """How a line of a list of figures ends."""
 CONTINUED = re.compile(r"\(?\b(?:continued|cont\.|cont'd)", re.I)
@@ -54,15 +51,6 @@ class _Candidate:
 def union(boxes: list[Box]) -> Box:
     """Smallest box around all of them."""
     return (min(b[0] for b in boxes), min(b[1] for b in boxes), max(b[2] for b in boxes), max(b[3] for b in boxes))
-
-
-def label_of(text: str) -> tuple[str, str]:
-    """(fig, scheme or tab, number) with which a caption begins; two empty strings where it does not begin so."""
-    match = CAPTION.match(text)
-    if match is None:
-        return "", ""
-    word = match.group(1).lower()
-    return ("scheme" if word == "scheme" else word[:3]), match.group(2)
 
 
 def find_captions(pages: list[Page], columns: dict[int, float | None], style: Style) -> list[Caption]:
@@ -174,6 +162,9 @@ def caption_lines(page: Page, first: int, split: float | None) -> list[Line]:
     taken = [row]
     pitch = None
     for following in rows[start + 1 : start + MAX_CAPTION_LINES]:
+        if not _under(following, head, taken):
+            # Labels of a figure, or another caption, that stand beside this one at heights of their own.
+            continue
         pieces = _near(following, head, taken)
         if not pieces:
             break
@@ -183,7 +174,8 @@ def caption_lines(page: Page, first: int, split: float | None) -> list[Line]:
             break
         if not _goes_on(taken, pieces, head) or _parted(page, last, box):
             break
-        pitch = step if pitch is None else pitch
+        if pitch is None and not (len(taken) == 1 and ALONE.match(head.text)):
+            pitch = step
         taken.append(pieces)
     return [line for row in taken for line in row]
 
@@ -226,19 +218,27 @@ def _row_from(row: list[Line], head: Line) -> list[Line]:
         gap = line.x0 - max(other.x1 for other in taken)
         label = CAPTION.match(head.text)
         alone = len(taken) == 1 and label is not None and label.end() == len(head.text)
-        if gap > (4.0 if alone else 1.9) * head.size or CAPTION.match(line.text):
+        if gap > (4.0 if alone else 1.9) * head.size or CAPTION.match(line.text) or _of_text_beside(line, head):
             break
         taken.append(line)
     return taken
 
 
-def _near(row: list[Line], head: Line, taken: list[list[Line]]) -> list[Line]:
-    """The pieces of a later row under the caption, up to the first wide gap."""
+def _of_text_beside(line: Line, head: Line) -> bool:
+    """A longer piece on a baseline or in a size of its own: running text that flows around the figure."""
+    return len(line.text) > 20 and (abs(line.y1 - head.y1) > 0.15 * head.size or abs(line.size - head.size) > 0.6)
+
+
+def _under(row: list[Line], head: Line, taken: list[list[Line]]) -> list[Line]:
+    """The pieces of a row between the left and the right end of what the caption has so far."""
     x0 = min(line.x0 for row in taken for line in row)
     x1 = max(line.x1 for row in taken for line in row)
-    under = [line for line in row if line.x1 > x0 - 0.5 * head.size and line.x0 < x1 + 0.5 * head.size]
-    if not under:
-        return []
+    return [line for line in row if line.x1 > x0 - 0.5 * head.size and line.x0 < x1 + 0.5 * head.size]
+
+
+def _near(row: list[Line], head: Line, taken: list[list[Line]]) -> list[Line]:
+    """The pieces of a later row under the caption, up to the first wide gap."""
+    under = _under(row, head, taken)
     runs = [[under[0]]]
     for last, line in pairwise(under):
         if line.x0 - last.x1 > 1.9 * head.size:
@@ -262,9 +262,13 @@ def _extent(row: list[Line], head: Line) -> Box:
 def _goes_on(taken: list[list[Line]], row: list[Line], head: Line) -> bool:
     """Whether a row is the caption's next one, by font, place and fill of the last row."""
     main = max(row, key=lambda line: len(line.text))
-    if CAPTION.match(row[0].text) or abs(main.size - head.size) > 0.6:
-        return False
     last = taken[-1]
+    size = max(last, key=lambda line: len(line.text)).size
+    alone = len(taken) == 1 and ALONE.match(" ".join(line.text for line in last)) is not None
+    # A title in small capitals has the size of these; it is smaller than its label, and so are its other rows.
+    other_size = not (alone and main.size < head.size) and min(abs(main.size - head.size), abs(main.size - size)) > 0.6
+    if CAPTION.match(row[0].text) or other_size:
+        return False
     if main.mono and not head.mono and len(row) == 1 and _extent(row, head)[1] - _extent(last, head)[3] > 0.45 * head.size:
         # A listing; code within a caption stands at the caption's pitch.
         return False
@@ -276,6 +280,8 @@ def _goes_on(taken: list[list[Line]], row: list[Line], head: Line) -> bool:
         return False
     if row[0].x0 > left + 12 * head.size and not centred:
         return False
+    if alone:
+        return len(row) == 1 or is_prose(" ".join(line.text for line in row))
     # The next word would have fitted on the last row: that was the paragraph's end.
     word = row[0].text.split(" ", 1)[0]
     length = row[0].width * len(word) / max(len(row[0].text), 1)

@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+from moexpand.data.pdf_labels import CAPTION
 from moexpand.data.pdf_text import Box, Line
 
 HEAD_ZONE = 0.12
@@ -105,6 +106,9 @@ def strip_running_heads(pages: list[Page]) -> None:
         rules.update({_height(box) for box in page.graphics if _is_rule(box, page) and _in_zone(box, zones)})
 
     def is_head(line: Line, page: Page) -> bool:
+        if CAPTION.match(line.text):
+            # Tables that begin pages have their captions at one height, too.
+            return False
         height = _height(line.box)
         near = (height - 1, height, height + 1)
         pattern = _pattern(line.text)

@@ -1,6 +1,5 @@
 """One page as the search for figures sees it: drawings, rules, frames, and which lines are walls that no figure crosses."""
 
-import re
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -9,7 +8,7 @@ from numpy.typing import NDArray
 
 from moexpand.data.pdf_captions import Caption, union
 from moexpand.data.pdf_layout import Page, Style
-from moexpand.data.pdf_text import Box, Line
+from moexpand.data.pdf_text import Box, Line, is_prose
 
 Boxes = NDArray[np.float64]
 
@@ -19,15 +18,8 @@ NEAR = 4.0
 """Points between drawings that still belong together."""
 RULE = 2.5
 """Height in points up to which a drawing is a horizontal rule."""
-
-WORD = re.compile(r"[^\W\d_]{2,}[,;:.)]?$")
-
-
-def is_prose(text: str) -> bool:
-    """Five words and more, most of them of letters: even an indented line of these begins or ends a paragraph."""
-    tokens = text.split()
-    words = sum(WORD.match(token.lstrip("(")) is not None for token in tokens)
-    return len(tokens) >= 5 and words >= 0.6 * len(tokens)
+LEAST_FLOWING = 3
+"""Lines with two straight edges that are running text wherever they stand."""
 
 
 @dataclass
@@ -61,6 +53,7 @@ class PageView:
         self.rules = bridge_titles(join_rules(self.boxes), self.lines)
         self.clusters = cluster(self.boxes)
         paragraphs = _paragraph_lines([line for line in self.lines if self._is_wide(line)])
+        paragraphs |= _flowing_lines([line for line in self.lines if self._is_set_as_text(line)])
         body = [line for line in self.lines if id(line) in paragraphs or self._is_body(line)]
         body += self._last_lines(body)
         self.frames = self._text_frames()
@@ -93,6 +86,11 @@ class PageView:
         if not line.mono and -3 < indent < 4 * line.size and is_prose(line.text) and line.width > 0.2 * width:
             return True
         return at_left and (line.mono or len(line.text) > 8)
+
+    def _is_set_as_text(self, line: Line) -> bool:
+        """In font and size of running text."""
+        style = self.style
+        return line.font in style.body_fonts and abs(line.size - style.body_size) < 0.3 and not line.mono and not line.turn
 
     def _is_wide(self, line: Line) -> bool:
         """In the size of running text, or as wide as it: notes of tables are smaller and narrower."""
@@ -251,6 +249,23 @@ def _paragraph_lines(lines: list[Line]) -> set[int]:
         )
         if near >= 2:
             found.add(id(line))
+    return found
+
+
+def _flowing_lines(lines: list[Line]) -> set[int]:
+    """Ids of lines that follow each other at one pitch between two straight edges, as text does that flows around a figure."""
+    long = sorted((line for line in lines if len(line.text) >= 20), key=lambda line: (round(line.x0), line.y0))
+    found: set[int] = set()
+    block: list[Line] = []
+    for line in long:
+        last = block[-1] if block else None
+        if last is not None and not (abs(line.x0 - last.x0) < 1.5 and 0.8 * line.size < line.y0 - last.y0 < 1.7 * line.size):
+            block = []
+        if block and abs(line.x1 - block[-1].x1) > 2.0:
+            block = []
+        block.append(line)
+        if len(block) >= LEAST_FLOWING and sum(is_prose(one.text) for one in block) > 0.5 * len(block):
+            found |= {id(one) for one in block}
     return found
 
 

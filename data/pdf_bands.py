@@ -1,0 +1,167 @@
+"""Where a caption's region may lie: the part of the page's width that is the caption's own, and the strip up to the next wall."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moexpand.data.pdf_captions import Caption, union
+from moexpand.data.pdf_text import Box, Line
+from moexpand.data.pdf_view import Boxes, PageView, inside
+
+MARGIN = 3.0
+"""Points of white kept around a region."""
+FIRST_GAP = 4.0
+"""Font sizes between a caption and the rows that belong to it, at most."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """A region that a caption could have."""
+
+    box: Box
+    weight: float
+    """How sure it is that this is a figure or table: drawings 1, listings and rows less."""
+    gap: float
+    """Points between caption and region."""
+
+
+def column_of(caption: Caption, view: PageView) -> tuple[float, float]:
+    """Left and right end of the part of the page in which the caption's region stands."""
+    page, split, box = view.page, view.split, caption.box
+    left, right = 0.0, page.width
+    if split is not None and not (box[0] < split - 6 and box[2] > split + 6) and not _is_of_both_columns(caption, split, view):
+        left, right = (0.0, split) if box[0] < split else (split, page.width)
+    # Captions beside this one.
+    for other in view.captions:
+        if other is caption or min(other.box[3], box[3]) - max(other.box[1], box[1]) < 0.5 * caption.lines[0].size:
+            continue
+        if box[2] <= other.box[0] + 2 and other.box[0] < right:
+            right = min(right, (box[2] + other.box[0]) / 2)
+        if other.box[2] <= box[0] + 2 and other.box[2] > left:
+            left = max(left, (other.box[2] + box[0]) / 2)
+    # Text that flows around the figure, or the text in whose margin the figure stands.
+    flowing = [line for line in view.walls if not line.mono and left < (line.x0 + line.x1) / 2 < right]
+    before = [line for line in flowing if line.x1 <= box[0] + 2]
+    if _stands_along(before, caption):
+        left = max(left, (max(line.x1 for line in before if _is_along(line, box)) + box[0]) / 2)
+    after = [line for line in flowing if line.x0 >= box[2] - 2]
+    if _stands_along(after, caption):
+        right = min(right, (min(line.x0 for line in after if _is_along(line, box)) + box[2]) / 2)
+    return left, right
+
+
+def _is_of_both_columns(caption: Caption, split: float, view: PageView) -> bool:
+    """Whether a short caption on one side of the gutter belongs to a figure across both columns."""
+    box, size = caption.box, view.style.body_size
+    wide = [b for b in view.clusters if b[0] < split - 12 and b[2] > split + 12 and b[3] - b[1] > 36]
+    if not wide:
+        return False
+    if abs((box[0] + box[2]) / 2 - view.page.width / 2) < 0.06 * view.page.width:
+        return True
+    # At the left end of the page's text, right next to what crosses the gutter, with nothing beside it.
+    next_to = any(-2 < max(box[1] - b[3], b[1] - box[3]) < 4 * size and b[0] < box[2] and b[2] > box[0] for b in wide)
+    other_side = [line for line in view.lines if (line.x0 > split - 3) != (box[0] > split - 3) and not line.turn]
+    return next_to and box[0] < split and not any(_is_along(line, box) for line in other_side)
+
+
+def _is_along(line: Line, box: Box) -> bool:
+    """The line stands beside the box, left or right of it."""
+    return min(line.y1, box[3]) - max(line.y0, box[1]) > 0.3 * (line.y1 - line.y0)
+
+
+def _stands_along(lines: list[Line], caption: Caption) -> bool:
+    """Whether running text stands beside the whole of a caption."""
+    rows = [any(line.y0 - 4 < one.middle < line.y1 + 4 for line in lines) for one in caption.lines]
+    return rows[0] and sum(rows) >= 0.8 * len(rows)
+
+
+def crosses_gutter(boxes: Boxes, column: tuple[float, float], view: PageView) -> NDArray[np.bool_]:
+    """Which of the boxes [N, 4] stand in both columns while the caption has one: they are another figure's or table's."""
+    if view.split is None or view.split not in column:
+        return np.zeros(len(boxes), bool)
+    found: NDArray[np.bool_] = (boxes[:, 0] < view.split - 12) & (boxes[:, 2] > view.split + 12)
+    return found
+
+
+def band_of(caption: Caption, view: PageView, column: tuple[float, float], up: bool, listings: bool) -> Box:
+    """The strip between the caption and the nearest wall or page edge; `listings`: monospaced lines are walls, too."""
+    x0, x1 = column
+    walls = [other.box for other in view.captions if other is not caption]
+    walls += [line.box for line in view.walls if listings or not (line.mono or framed(line, view))]
+    walls = [box for box in walls if box[2] > x0 + 2 and box[0] < x1 - 2]
+    rules = np.array(view.rules + view.clusters).reshape(-1, 4)
+    # A table or a figure across both columns.
+    walls += [(b[0], b[1], b[2], b[3]) for b in rules[crosses_gutter(rules, column, view)].tolist()]
+    middle = (caption.box[1] + caption.box[3]) / 2
+    if up:
+        edge = max((box[3] for box in walls if (box[1] + box[3]) / 2 < middle), default=0.0)
+        return (x0, min(edge, caption.box[1]), x1, caption.box[1])
+    edge = min((box[1] for box in walls if (box[1] + box[3]) / 2 > middle), default=view.page.height)
+    return (x0, caption.box[3], x1, max(edge, caption.box[3]))
+
+
+def framed(line: Line, view: PageView) -> bool:
+    return any(inside(line.box, frame, 2.0) for frame in view.frames)
+
+
+def in_band(box: Box, band: Box, part: float = 0.6) -> bool:
+    """At least `part` of the box's height lies in the band, and its middle between the band's sides."""
+    height = max(box[3] - box[1], 0.1)
+    shared = min(box[3], band[3]) - max(box[1], band[1])
+    return shared >= part * height - 0.1 and band[0] - 2 <= (box[0] + box[2]) / 2 <= band[2] + 2
+
+
+def gap_of(box: Box, caption: Caption, up: bool) -> float:
+    return caption.box[1] - box[3] if up else box[1] - caption.box[3]
+
+
+def with_labels(hull: Box, band: Box, view: PageView) -> Box:
+    """The drawing and the text in it and close to it; text in the fonts of running text must be closer than labels."""
+    labels = [line for line in view.lines if in_band(line.box, band)]
+    for _ in range(4):
+        near = []
+        for line in labels:
+            reach = 12.0 if line.font in view.style.body_fonts and line.size >= view.style.body_size - 0.6 else 30.0
+            if line.y1 > hull[1] - reach and line.y0 < hull[3] + reach:
+                near.append(line.box)
+        grown = union([hull, *near])
+        if grown == hull:
+            break
+        hull = grown
+    return hull
+
+
+def to_caption(hull: Box, band: Box, view: PageView, up: bool) -> Box:
+    """With all that stands between a drawing and its caption: labels of panels, notes."""
+    labels = [line.box for line in view.lines if in_band(line.box, band)]
+    between = [box for box in labels if (box[3] > hull[3] if up else box[1] < hull[1])]
+    return union([hull, *between])
+
+
+def rows_beside(caption: Caption, lines: list[Line], up: bool, reach: float, first: float | None = None) -> list[Line]:
+    """Lines that follow each other from the caption on without a gap above `reach` points; the first above `first` points."""
+    edge = caption.box[1] if up else caption.box[3]
+    found: list[Line] = []
+    for line in sorted(lines, key=lambda line: -line.y1 if up else line.y0):
+        gap = edge - line.y1 if up else line.y0 - edge
+        if gap > (reach if found or first is None else first):
+            break
+        found.append(line)
+        edge = min(edge, line.y0) if up else max(edge, line.y1)
+    return found
+
+
+def clip(box: Box, band: Box) -> Box:
+    """The box with its margin, within the band; what reaches over the band's sides stays whole."""
+    return (
+        min(box[0], max(box[0] - MARGIN, band[0])),
+        max(box[1] - MARGIN, band[1]),
+        max(box[2], min(box[2] + MARGIN, band[2])),
+        min(box[3] + MARGIN, band[3]),
+    )
+
+
+def between(box: Box, region: Box) -> bool:
+    """Between the left and the right end of the region."""
+    return box[0] > region[0] - 4 and box[2] < region[2] + 4
