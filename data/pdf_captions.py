@@ -80,7 +80,7 @@ def find_captions(pages: list[Page], columns: dict[int, float | None], style: St
             mark = candidate.style[0]
             if mark in usual and key not in taken:
                 taken.add(key)
-                lines = caption_lines(candidate.page, candidate.place, columns[candidate.page.number])
+                lines = caption_lines(candidate.page, candidate.place, columns[candidate.page.number], style)
                 if not mark and len(" ".join(one.text for one in lines)) < len(line.text) + 3 and BARE.search(line.text):
                     continue
                 captions.append(Caption(kind, candidate.number, candidate.page.number, lines, union([one.box for one in lines])))
@@ -143,7 +143,7 @@ def _continues_text(page: Page, line: Line, marked: bool) -> bool:
     return False
 
 
-def caption_lines(page: Page, first: int, split: float | None) -> list[Line]:
+def caption_lines(page: Page, first: int, split: float | None, style: Style) -> list[Line]:
     """The caption's first line and all that go on with it, superscripts and pieces of formulas included."""
     head = page.lines[first]
     across = split is not None and head.x0 < split - 6 and head.x1 > split + 6
@@ -170,7 +170,7 @@ def caption_lines(page: Page, first: int, split: float | None) -> list[Line]:
             break
         box, last = _extent(pieces, head), _extent(taken[-1], head)
         step = box[3] - last[3]
-        if box[1] - last[3] > 0.75 * head.size or (pitch is not None and step > 1.25 * pitch):
+        if box[1] - last[3] > _white(taken, pieces, head, style) or (pitch is not None and step > 1.25 * pitch):
             break
         if not _goes_on(taken, pieces, head) or _parted(page, last, box):
             break
@@ -178,6 +178,15 @@ def caption_lines(page: Page, first: int, split: float | None) -> list[Line]:
             pitch = step
         taken.append(pieces)
     return [line for row in taken for line in row]
+
+
+def _white(taken: list[list[Line]], row: list[Line], head: Line, style: Style) -> float:
+    """White between two rows of a caption, at most, in points."""
+    title = max(row, key=lambda line: len(line.text))
+    if len(taken) > 1 or BARE.match(" ".join(line.text for line in taken[0])) is None or title.font in style.body_fonts:
+        return 0.75 * head.size
+    # A title in another font than the text, one empty line below its label.
+    return 1.8 * head.size if len(row) == 1 and abs(title.x0 - head.x0) < 1 else 0.75 * head.size
 
 
 def _rows(lines: list[Line]) -> list[list[Line]]:
@@ -267,7 +276,9 @@ def _goes_on(taken: list[list[Line]], row: list[Line], head: Line) -> bool:
     alone = len(taken) == 1 and ALONE.match(" ".join(line.text for line in last)) is not None
     # A title in small capitals has the size of these; it is smaller than its label, and so are its other rows.
     other_size = not (alone and main.size < head.size) and min(abs(main.size - head.size), abs(main.size - size)) > 0.6
-    if CAPTION.match(row[0].text) or other_size:
+    # The first label of a figure that begins right below, in a font of its own.
+    foreign = len(main.text) < 20 and main.font not in {line.font for one in taken for line in one}
+    if CAPTION.match(row[0].text) or other_size or (foreign and not alone):
         return False
     if main.mono and not head.mono and len(row) == 1 and _extent(row, head)[1] - _extent(last, head)[3] > 0.45 * head.size:
         # A listing; code within a caption stands at the caption's pitch.

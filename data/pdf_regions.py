@@ -9,6 +9,7 @@ import numpy as np
 
 from moexpand.data.pdf_bands import (
     FIRST_GAP,
+    MARGIN,
     Region,
     band_of,
     clip,
@@ -24,8 +25,11 @@ from moexpand.data.pdf_beside import region_beside
 from moexpand.data.pdf_captions import Caption, union
 from moexpand.data.pdf_layout import Page, Style
 from moexpand.data.pdf_tables import ruled_stretch, table_region
-from moexpand.data.pdf_text import Box
+from moexpand.data.pdf_text import Box, is_prose
 from moexpand.data.pdf_view import PageView, area, inside, overlap, stacked
+
+LEAST_WEIGHT = 0.5
+"""Of a region above or below a caption that may be preferred to a drawing beside it."""
 
 
 def find_regions(captions: list[Caption], pages: list[Page], style: Style, columns: dict[int, float | None]) -> None:
@@ -42,8 +46,12 @@ def find_regions(captions: list[Caption], pages: list[Page], style: Style, colum
         own = by_page.get(page.number, [])
         if own:
             view = PageView(page, style, columns[page.number], own)
-            for caption in own:
+            for caption in sorted(own, key=lambda caption: caption.kind == "figure"):
                 options[id(caption)] = _candidates(caption, view)
+                sure = [way for way in options[id(caption)] if way is not None]
+                # The rules of a table tell where it ends, what is drawn for a figure does not.
+                if caption.kind == "table" and len(sure) == 1:
+                    view.taken.append(sure[0].box)
     for kind, usual in (("figure", True), ("table", False)):
         of_kind = [caption for caption in captions if caption.kind == kind]
         above = _mostly_above([options[id(caption)] for caption in of_kind], usual)
@@ -93,7 +101,7 @@ def _candidates(caption: Caption, view: PageView) -> tuple[Region | None, Region
     column = column_of(caption, view)
     find = _table_region if caption.kind == "table" else _figure_region
     above, below = find(caption, view, column, True), find(caption, view, column, False)
-    beside = region_beside(caption, view, column)
+    beside = region_beside(caption, view, column_of(caption, view, whole=True))
     if beside is None or any(_rivals(one, beside, caption) for one in (above, below)):
         return above, below
     return beside, None
@@ -101,7 +109,7 @@ def _candidates(caption: Caption, view: PageView) -> tuple[Region | None, Region
 
 def _rivals(one: Region | None, beside: Region, caption: Caption) -> bool:
     """Whether a region above or below a caption is another one than that beside it, and stands over or under the caption."""
-    if one is None or overlap(one.box, beside.box) > 0.3 * area(one.box):
+    if one is None or one.weight < LEAST_WEIGHT or overlap(one.box, beside.box) > 0.3 * area(one.box):
         return False
     shared = min(one.box[2], caption.box[2]) - max(one.box[0], caption.box[0])
     return shared > 0.3 * (caption.box[2] - caption.box[0])
@@ -155,8 +163,9 @@ def _listing_region(caption: Caption, view: PageView, column: tuple[float, float
     band = band_of(caption, view, column, up, listings=False)
     lines = [line for line in view.lines if in_band(line.box, band) and not line.turn]
     ruled = ruled_stretch(caption, view, band, up)
-    if ruled is not None and any(inside(line.box, ruled, 4.0) for line in lines):
-        box = clip(ruled, band)
+    # Text that is set between rules looks like running text, and has these instead of walls.
+    if ruled is not None and any(inside(line.box, ruled, 4.0) for line in view.lines):
+        box = clip(ruled, (band[0], min(band[1], ruled[1] - MARGIN), band[2], max(band[3], ruled[3] + MARGIN)))
         return Region(box, 0.8, gap_of(box, caption, up))
     rows = rows_beside(caption, lines, up, 2.5 * view.style.body_size, FIRST_GAP * view.style.body_size)
     # Rows of something else beyond the listing, such as another table.
@@ -164,7 +173,7 @@ def _listing_region(caption: Caption, view: PageView, column: tuple[float, float
         rows = rows[: 1 + max(i for i, line in enumerate(rows) if line.mono)]
     mono = [line for line in rows if line.mono]
     if len(rows) < 2 or len(mono) * 2 < len(rows):
-        return None
+        return _text_region(caption, view, column, up)
     rules = [rule for rule in view.rules if in_band(rule, band)]
     hull = union([line.box for line in rows])
     hull = union([hull, *(rule for rule in rules if -8 < hull[1] - rule[3] < 8 or -8 < rule[1] - hull[3] < 8)])
@@ -179,10 +188,31 @@ def _framed_region(caption: Caption, view: PageView, column: tuple[float, float]
     near = [frame for frame in frames if gap_of(frame, caption, up) < 3 * view.style.body_size]
     if not near:
         return None
-    frame = union(near)
     # Shades are often drawn in pieces, one above the other.
     for _ in frames:
-        frame = union([frame, *(other for other in frames if stacked(other, frame, 1.5 * view.style.body_size))])
+        others = [frame for frame in frames if frame not in near]
+        more = [frame for frame in others if any(stacked(frame, one, 1.5 * view.style.body_size) for one in near)]
+        if not more:
+            break
+        near += more
+    frame = union(near)
     beside = [line.box for line in view.lines if frame[1] - 2 < line.middle < frame[3] + 2 and in_band(line.box, band)]
     box = clip(union([frame, *beside]), band)
     return Region(box, 0.8, gap_of(box, caption, up))
+
+
+def _text_region(caption: Caption, view: PageView, column: tuple[float, float], up: bool) -> Region | None:
+    """A formula, a diagram of letters or pseudocode: rows next to the caption that stand apart from the running text."""
+    band = band_of(caption, view, column, up, listings=True)
+    size = view.style.body_size
+    rows = rows_beside(caption, [line for line in view.lines if in_band(line.box, band)], up, 2.5 * size, FIRST_GAP * size)
+    if not rows:
+        return None
+    hull = union([line.box for line in rows])
+    # A formula of the text stands as close to the text as to the caption.
+    rest = hull[1] - band[1] if up else band[3] - hull[3]
+    near = caption.box[1] - hull[3] if up else hull[1] - caption.box[3]
+    if hull[3] - hull[1] < 2 * size or rest < near + 0.5 * size or 3 * sum(is_prose(line.text) for line in rows) > len(rows):
+        return None
+    box = clip(hull, band)
+    return Region(box, 0.3, gap_of(box, caption, up))

@@ -1,5 +1,6 @@
 """One page as the search for figures sees it: drawings, rules, frames, and which lines are walls that no figure crosses."""
 
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -18,8 +19,9 @@ NEAR = 4.0
 """Points between drawings that still belong together."""
 RULE = 2.5
 """Height in points up to which a drawing is a horizontal rule."""
-LEAST_FLOWING = 3
-"""Lines with two straight edges that are running text wherever they stand."""
+LAST_WORD = re.compile(r"^[^\W\d_]{3,}[.!?]$")
+LEAST_FLOWING = 4
+"""Lines from one left edge to the margin that are running text wherever they begin."""
 
 
 @dataclass
@@ -42,6 +44,8 @@ class PageView:
     """Frames and shades with nothing but text in them."""
     walls: list[Line] = field(default_factory=list)
     """Running text, listings and headings."""
+    taken: list[Box] = field(default_factory=list)
+    """Regions that are known to be other captions' own."""
 
     def __post_init__(self) -> None:
         page = self.page
@@ -53,7 +57,7 @@ class PageView:
         self.rules = bridge_titles(join_rules(self.boxes), self.lines)
         self.clusters = cluster(self.boxes)
         paragraphs = _paragraph_lines([line for line in self.lines if self._is_wide(line)])
-        paragraphs |= _flowing_lines([line for line in self.lines if self._is_set_as_text(line)])
+        paragraphs |= _flowing_lines([line for line in self.lines if self._is_set_to_margin(line)])
         body = [line for line in self.lines if id(line) in paragraphs or self._is_body(line)]
         body += self._last_lines(body)
         self.frames = self._text_frames()
@@ -85,12 +89,14 @@ class PageView:
             return True
         if not line.mono and -3 < indent < 4 * line.size and is_prose(line.text) and line.width > 0.2 * width:
             return True
-        return at_left and (line.mono or len(line.text) > 8)
+        # The last word of a paragraph may stand alone at the top of a page.
+        return at_left and (line.mono or len(line.text) > 8 or LAST_WORD.match(line.text) is not None)
 
-    def _is_set_as_text(self, line: Line) -> bool:
-        """In font and size of running text."""
+    def _is_set_to_margin(self, line: Line) -> bool:
+        """In font and size of running text, and as far to the right as it."""
         style = self.style
-        return line.font in style.body_fonts and abs(line.size - style.body_size) < 0.3 and not line.mono and not line.turn
+        text = line.font in style.body_fonts and abs(line.size - style.body_size) < 0.3 and not line.mono and not line.turn
+        return text and abs(line.x1 - self.margins(self.column(line))[1]) < 2.0
 
     def _is_wide(self, line: Line) -> bool:
         """In the size of running text, or as wide as it: notes of tables are smaller and narrower."""
@@ -253,17 +259,12 @@ def _paragraph_lines(lines: list[Line]) -> set[int]:
 
 
 def _flowing_lines(lines: list[Line]) -> set[int]:
-    """Ids of lines that follow each other at one pitch between two straight edges, as text does that flows around a figure."""
-    long = sorted((line for line in lines if len(line.text) >= 20), key=lambda line: (round(line.x0), line.y0))
+    """Ids of lines that follow each other at one pitch from one left edge on, as text does that flows around a figure."""
     found: set[int] = set()
     block: list[Line] = []
-    for line in long:
-        last = block[-1] if block else None
-        if last is not None and not (abs(line.x0 - last.x0) < 1.5 and 0.8 * line.size < line.y0 - last.y0 < 1.7 * line.size):
-            block = []
-        if block and abs(line.x1 - block[-1].x1) > 2.0:
-            block = []
-        block.append(line)
+    for line in sorted((line for line in lines if len(line.text) >= 20), key=lambda line: (round(line.x0), line.y0)):
+        follows = block and abs(line.x0 - block[-1].x0) < 1.5 and 0.8 * line.size < line.y0 - block[-1].y0 < 1.7 * line.size
+        block = [*block, line] if follows else [line]
         if len(block) >= LEAST_FLOWING and sum(is_prose(one.text) for one in block) > 0.5 * len(block):
             found |= {id(one) for one in block}
     return found
@@ -299,6 +300,7 @@ def stacked(one: Box, other: Box, near: float) -> bool:
     """Two frames touch, or are near with the same width: the listings of one figure, each with a frame of its own."""
     gap = max(one[1] - other[3], other[1] - one[3])
     same = abs(one[0] - other[0]) < 3 and abs(one[2] - other[2]) < 3
+    same = same or abs((one[2] - one[0]) - (other[2] - other[0])) < 1
     return gap < (near if same else 3)
 
 
