@@ -6,8 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moexpand.data.pdf_captions import Caption, union
+from moexpand.data.pdf_shapes import Boxes, inside
 from moexpand.data.pdf_text import Box, Line
-from moexpand.data.pdf_view import Boxes, PageView, inside
+from moexpand.data.pdf_view import PageView
 
 MARGIN = 3.0
 """Points of white kept around a region."""
@@ -24,66 +25,6 @@ class Region:
     """How sure it is that this is a figure or table: drawings 1, listings and rows less."""
     gap: float
     """Points between caption and region."""
-
-
-def column_of(caption: Caption, view: PageView, whole: bool = False) -> tuple[float, float]:
-    """Left and right end of the part of the page in which the caption's region stands.
-
-    Args:
-        caption: one of the page's.
-        view: the page.
-        whole: the gutter between columns of text is no limit, as for a caption beside a figure that crosses it.
-    """
-    page, split, box = view.page, None if whole else view.split, caption.box
-    left, right = 0.0, page.width
-    if split is not None and not (box[0] < split - 6 and box[2] > split + 6) and not _is_of_both_columns(caption, split, view):
-        left, right = (0.0, split) if box[0] < split else (split, page.width)
-    # Captions beside this one.
-    for other in view.captions:
-        if other is caption or min(other.box[3], box[3]) - max(other.box[1], box[1]) < 0.5 * caption.lines[0].size:
-            continue
-        if box[2] <= other.box[0] + 2 and other.box[0] < right:
-            right = min(right, (box[2] + other.box[0]) / 2)
-        if other.box[2] <= box[0] + 2 and other.box[2] > left:
-            left = max(left, (other.box[2] + box[0]) / 2)
-    # Text that flows around the figure, or the text in whose margin the figure stands.
-    flowing = [line for line in view.walls if not line.mono and left < (line.x0 + line.x1) / 2 < right]
-    before = _along([line for line in flowing if line.x1 <= box[0] + 2], caption)
-    after = _along([line for line in flowing if line.x0 >= box[2] - 2], caption)
-    left = max([left, *((line.x1 + box[0]) / 2 for line in before)])
-    right = min([right, *((line.x0 + box[2]) / 2 for line in after)])
-    return left, right
-
-
-def _is_of_both_columns(caption: Caption, split: float, view: PageView) -> bool:
-    """Whether a short caption on one side of the gutter belongs to a figure across both columns."""
-    box, size = caption.box, view.style.body_size
-    wide = [b for b in view.clusters if b[0] < split - 12 and b[2] > split + 12 and b[3] - b[1] > 36]
-    if wide and abs((box[0] + box[2]) / 2 - view.page.width / 2) < 0.06 * view.page.width:
-        return True
-    # At the left end of the page's text, right next to what crosses the gutter, with nothing beside it.
-    wide += [rule for rule in view.rules if rule[0] < split - 12 and rule[2] > split + 12]
-    next_to = any(-2 < max(box[1] - b[3], b[1] - box[3]) < 4 * size and b[0] < box[2] and b[2] > box[0] for b in wide)
-    other_side = [line for line in view.lines if (line.x0 > split - 3) != (box[0] > split - 3) and not line.turn]
-    return next_to and box[0] < split and not any(_is_along(line, box) for line in other_side)
-
-
-def _is_along(line: Line, box: Box) -> bool:
-    """The line stands beside the box, left or right of it."""
-    return min(line.y1, box[3]) - max(line.y0, box[1]) > 0.3 * (line.y1 - line.y0)
-
-
-def _along(lines: list[Line], caption: Caption) -> list[Line]:
-    """The lines of running text that stand beside a caption, if they do so over its whole height; else none."""
-    found: list[Line] = []
-    rows = 0
-    for one in caption.lines:
-        near = [line for line in lines if line.y0 - 4 < one.middle < line.y1 + 4]
-        if not near and not found:
-            return []
-        found += near
-        rows += bool(near)
-    return found if rows >= 0.8 * len(caption.lines) else []
 
 
 def crosses_gutter(boxes: Boxes, column: tuple[float, float], view: PageView) -> NDArray[np.bool_]:

@@ -4,8 +4,9 @@ import numpy as np
 
 from moexpand.data.pdf_bands import Region, clip, with_labels
 from moexpand.data.pdf_captions import Caption, union
+from moexpand.data.pdf_shapes import area, inside
 from moexpand.data.pdf_text import Box
-from moexpand.data.pdf_view import PageView, area, inside
+from moexpand.data.pdf_view import PageView
 
 LEAST_SIDE = 36.0
 """Points that a drawing beside a caption is wide and high at least."""

@@ -13,7 +13,6 @@ from moexpand.data.pdf_bands import (
     Region,
     band_of,
     clip,
-    column_of,
     crosses_gutter,
     gap_of,
     in_band,
@@ -23,10 +22,12 @@ from moexpand.data.pdf_bands import (
 )
 from moexpand.data.pdf_beside import region_beside
 from moexpand.data.pdf_captions import Caption, union
+from moexpand.data.pdf_columns import column_of
 from moexpand.data.pdf_layout import Page, Style
+from moexpand.data.pdf_shapes import area, inside, overlap, stacked
 from moexpand.data.pdf_tables import ruled_stretch, table_region
 from moexpand.data.pdf_text import Box, is_prose
-from moexpand.data.pdf_view import PageView, area, inside, overlap, stacked
+from moexpand.data.pdf_view import PageView
 
 LEAST_WEIGHT = 0.5
 """Of a region above or below a caption that may be preferred to a drawing beside it."""

@@ -17,8 +17,9 @@ from moexpand.data.pdf_bands import (
 )
 from moexpand.data.pdf_captions import Caption, union
 from moexpand.data.pdf_labels import CAPTION
+from moexpand.data.pdf_shapes import RULE, overlap
 from moexpand.data.pdf_text import Box
-from moexpand.data.pdf_view import RULE, PageView
+from moexpand.data.pdf_view import PageView
 
 
 def table_region(caption: Caption, view: PageView, column: tuple[float, float], up: bool) -> Region | None:
@@ -32,7 +33,7 @@ def table_region(caption: Caption, view: PageView, column: tuple[float, float], 
     if ruled is not None:
         # Columns parted by vertical lines, with no rule above the header row or below the last one.
         ruled = union([ruled, *joined_verticals(ruled, view, (top, bottom))])
-        ruled = with_heads(ruled, top, view)
+        ruled = with_last_row(with_heads(ruled, top, view), bottom, view)
         held = [line.box for line in view.lines if in_band(line.box, ruled)]
         # A rule may lie so close to the caption that it touches its letters.
         top, bottom = (top, max(bottom, ruled[3] + 0.5)) if up else (min(top, ruled[1] - 0.5), bottom)
@@ -64,6 +65,20 @@ def with_heads(ruled: Box, top: float, view: PageView) -> Box:
             break
         edge = min(line.y0 for line in row)
     return (ruled[0], edge, ruled[2], ruled[3])
+
+
+def with_last_row(ruled: Box, bottom: float, view: PageView) -> Box:
+    """With the last row of a table whose rules stand above the rows: cells in a row below its last rule, at the rules' pitch."""
+    rules = [rule for rule in view.rules if between(rule, ruled) and ruled[1] - 1 < rule[1] and rule[3] < ruled[3] + 1]
+    heights = [(rule[1] + rule[3]) / 2 for rule in rules]
+    if len(heights) < 4 or abs((heights[-1] - heights[-2]) - (heights[-2] - heights[-3])) > 2:
+        return ruled
+    pitch = heights[-1] - heights[-2]
+    row = [line for line in view.lines if heights[-1] < line.middle < heights[-1] + pitch and line.y1 < bottom + 1]
+    inside = [line for line in row if between(line.box, ruled)]
+    if len(inside) < 2 or len(inside) < len(row):
+        return ruled
+    return (ruled[0], ruled[1], ruled[2], max(line.y1 for line in inside))
 
 
 def joined_verticals(ruled: Box, view: PageView, limits: tuple[float, float]) -> list[Box]:
@@ -106,7 +121,12 @@ def ruled_stretch(caption: Caption, view: PageView, band: Box, up: bool) -> Box 
     pending: list[Box] = []
     for rule in rules[1:]:
         stretch = union([chosen[-1], rule])
-        if any(CAPTION.match(line.text) for line in view.page.lines if in_band(line.box, stretch)):
+        held = [line for line in view.page.lines if in_band(line.box, stretch)]
+        if any(CAPTION.match(line.text) for line in held):
+            break
+        # White alone parts two tables of one width.
+        empty = not held and not any(overlap(box, stretch) > 0 for box in view.clusters)
+        if empty and stretch[3] - stretch[1] > 2.5 * view.style.body_size:
             break
         same = abs(rule[0] - widest[0]) < 8 and abs(rule[2] - widest[2]) < 8
         partial = rule[0] > widest[0] - 4 and rule[2] < widest[2] + 4
