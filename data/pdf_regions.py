@@ -165,7 +165,11 @@ def _listing_region(caption: Caption, view: PageView, column: tuple[float, float
     lines = [line for line in view.lines if in_band(line.box, band) and not line.turn]
     ruled = ruled_stretch(caption, view, band, up)
     # Text that is set between rules looks like running text, and has these instead of walls.
-    if ruled is not None and any(inside(line.box, ruled, 4.0) for line in view.lines):
+    if ruled is not None and any(line.mono and not inside(line.box, ruled, 4.0) for line in lines):
+        # The rules of something else, beyond the listing.
+        ruled = None if gap_of(ruled, caption, up) > 40 else ruled
+    within = view.lines if ruled is not None and _is_free(ruled, caption, view, up) else lines
+    if ruled is not None and any(inside(line.box, ruled, 4.0) for line in within):
         box = clip(ruled, (band[0], min(band[1], ruled[1] - MARGIN), band[2], max(band[3], ruled[3] + MARGIN)))
         return Region(box, 0.8, gap_of(box, caption, up))
     rows = rows_beside(caption, lines, up, 2.5 * view.style.body_size, FIRST_GAP * view.style.body_size)
@@ -180,6 +184,11 @@ def _listing_region(caption: Caption, view: PageView, column: tuple[float, float
     hull = union([hull, *(rule for rule in rules if -8 < hull[1] - rule[3] < 8 or -8 < rule[1] - hull[3] < 8)])
     box = clip(hull, band)
     return Region(box, 0.5, gap_of(box, caption, up))
+
+
+def _is_free(ruled: Box, caption: Caption, view: PageView, up: bool) -> bool:
+    """Whether a stretch between rules is close to a caption and no table's."""
+    return gap_of(ruled, caption, up) < 2.5 * view.style.body_size and not any(overlap(ruled, other) > 0 for other in view.taken)
 
 
 def _framed_region(caption: Caption, view: PageView, column: tuple[float, float], up: bool) -> Region | None:
