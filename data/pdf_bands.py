@@ -12,6 +12,8 @@ from moexpand.data.pdf_view import PageView
 
 MARGIN = 3.0
 """Points of white kept around a region."""
+MARGIN_LABEL = 20.0
+"""Points from the text's left margin within which a drawing begins that may have a title at the margin."""
 FIRST_GAP = 4.0
 """Font sizes between a caption and the rows that belong to it, at most."""
 
@@ -69,19 +71,41 @@ def gap_of(box: Box, caption: Caption, up: bool) -> float:
 
 
 def with_labels(hull: Box, band: Box, view: PageView) -> Box:
-    """The drawing and the text in it and close to it; text in the fonts of running text must be closer than labels."""
+    """The drawing and the text in it and close to it: how close depends on whether it is set like labels inside the drawing."""
     labels = [line for line in view.lines if in_band(line.box, band)]
     for _ in range(4):
-        near = []
-        for line in labels:
-            reach = 12.0 if line.font in view.style.body_fonts and line.size >= view.style.body_size - 0.6 else 30.0
-            if line.y1 > hull[1] - reach and line.y0 < hull[3] + reach:
-                near.append(line.box)
+        families = {_family(line.font) for line in labels if inside(line.box, hull, 2.0)}
+        near = [line.box for line in labels if _is_near(line, hull, families, view)]
         grown = union([hull, *near])
         if grown == hull:
             break
         hull = grown
     return hull
+
+
+def _reach(line: Line, families: set[str], view: PageView) -> float:
+    """Points of white that may part a label from its drawing."""
+    if line.font in view.style.body_fonts and line.size >= view.style.body_size - 0.6:
+        return 12.0
+    if _family(line.font) in families:
+        return 30.0
+    return 12.0 if families else 20.0
+
+
+def _family(font: str) -> str:
+    """Name of a font without its weight and slant."""
+    return font.split("-")[0].split(",")[0]
+
+
+def _is_near(line: Line, hull: Box, families: set[str], view: PageView) -> bool:
+    """In or close to a drawing. Above or below it, a line from the text's margin on is no label of a narrower drawing."""
+    reach = _reach(line, families, view)
+    if line.y1 <= hull[1] - reach or line.y0 >= hull[3] + reach:
+        return False
+    if hull[1] < line.middle < hull[3] or _family(line.font) in families:
+        return True
+    left, _ = view.margins(view.column(line))
+    return abs(line.x0 - left) > 2.0 or hull[0] < left + MARGIN_LABEL
 
 
 def to_caption(hull: Box, band: Box, view: PageView, up: bool) -> Box:

@@ -24,11 +24,15 @@ from moexpand.data.pdf_beside import region_beside
 from moexpand.data.pdf_captions import Caption, union
 from moexpand.data.pdf_columns import column_of
 from moexpand.data.pdf_layout import Page, Style
-from moexpand.data.pdf_shapes import area, inside, overlap, stacked
+from moexpand.data.pdf_shapes import Boxes, area, inside, overlap, stacked
 from moexpand.data.pdf_tables import ruled_stretch, table_region
 from moexpand.data.pdf_text import Box, is_prose
 from moexpand.data.pdf_view import PageView
 
+SOLID = 8.0
+"""Points from which a drawing that is as wide and as high is more than a rule."""
+NEAR_RULE = 12.0
+"""Points between a rule and the figure that it belongs to."""
 LEAST_WEIGHT = 0.5
 """Of a region above or below a caption that may be preferred to a drawing beside it."""
 
@@ -146,14 +150,31 @@ def _figure_region(caption: Caption, view: PageView, column: tuple[float, float]
     for frame in view.frames:
         if not in_band(frame, band):
             drawn = drawn[~((drawn[:, :2] > np.array(frame[:2]) - 2) & (drawn[:, 2:] < np.array(frame[2:]) + 2)).all(axis=1)]
-    solid = ((drawn[:, 3] - drawn[:, 1] > 8) & (drawn[:, 2] - drawn[:, 0] > 8)).any()
+    solid = ((drawn[:, 3] - drawn[:, 1] > SOLID) & (drawn[:, 2] - drawn[:, 0] > SOLID)).any()
     # A lone rule is a separator, not a figure.
     if solid or len(drawn) >= 8:
-        low, high = drawn[:, :2].min(axis=0), drawn[:, 2:].max(axis=0)
-        hull = (float(low[0]), float(low[1]), float(high[0]), float(high[1]))
-        box = clip(to_caption(with_labels(hull, band, view), band, view, up), band)
+        hull = _drawing(drawn, band, view)
+        box = clip(to_caption(hull, band, view, up), band)
         return Region(box, 1.0, gap_of(box, caption, up))
     return _listing_region(caption, view, column, up)
+
+
+def _drawing(drawn: Boxes, band: Box, view: PageView) -> Box:
+    """The drawings of a figure with their labels. Rules far from what is solid are fraction bars or a table of the text."""
+    kept = (drawn[:, 3] - drawn[:, 1] > SOLID) & (drawn[:, 2] - drawn[:, 0] > SOLID)
+    # A plot whose axes are lines has nothing solid, but touching lines.
+    for box in [] if kept.any() else view.clusters:
+        if min(box[2] - box[0], box[3] - box[1]) > 3 * SOLID:
+            kept |= ((drawn[:, :2] >= np.array(box[:2]) - 1) & (drawn[:, 2:] <= np.array(box[2:]) + 1)).all(axis=1)
+    if not kept.any():
+        kept = np.ones(len(drawn), bool)
+    while True:
+        low, high = drawn[kept, :2].min(axis=0).tolist(), drawn[kept, 2:].max(axis=0).tolist()
+        hull = with_labels((low[0], low[1], high[0], high[1]), band, view)
+        near = (drawn[:, 3] > hull[1] - NEAR_RULE) & (drawn[:, 1] < hull[3] + NEAR_RULE)
+        if not (near & ~kept).any():
+            return hull
+        kept |= near
 
 
 def _listing_region(caption: Caption, view: PageView, column: tuple[float, float], up: bool) -> Region | None:

@@ -1,5 +1,7 @@
 """Which region of a page is the table above or below its caption."""
 
+from itertools import pairwise
+
 import numpy as np
 
 from moexpand.data.pdf_bands import (
@@ -18,7 +20,7 @@ from moexpand.data.pdf_bands import (
 from moexpand.data.pdf_captions import Caption, union
 from moexpand.data.pdf_labels import CAPTION
 from moexpand.data.pdf_shapes import RULE, overlap
-from moexpand.data.pdf_text import Box
+from moexpand.data.pdf_text import Box, Line
 from moexpand.data.pdf_view import PageView
 
 
@@ -42,6 +44,7 @@ def table_region(caption: Caption, view: PageView, column: tuple[float, float], 
         return Region(box, 1.0, gap_of(box, caption, up))
     lines = [line for line in view.lines if in_band(line.box, band)]
     rows = rows_beside(caption, lines, up, 2.5 * view.style.body_size, FIRST_GAP * view.style.body_size)
+    rows = _of_one_table(rows, up, 1.2 * view.style.body_size)
     if len(rows) < 2:
         return None
     hull = union([line.box for line in rows])
@@ -49,6 +52,17 @@ def table_region(caption: Caption, view: PageView, column: tuple[float, float], 
     hull = union([hull, *(mark for mark in marks if in_band(mark, band))])
     box = clip(hull, band)
     return Region(box, 0.5, gap_of(box, caption, up))
+
+
+def _of_one_table(rows: list[Line], up: bool, white: float) -> list[Line]:
+    """The rows up to a gap in points beyond which another font begins: code, a heading, text in italics."""
+    fonts: set[str] = set()
+    for i, (last, line) in enumerate(pairwise(rows)):
+        fonts.add(last.font)
+        gap = last.y0 - line.y1 if up else line.y0 - last.y1
+        if gap > white and line.font not in fonts:
+            return rows[: i + 1]
+    return rows
 
 
 def with_heads(ruled: Box, top: float, view: PageView) -> Box:

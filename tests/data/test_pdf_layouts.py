@@ -155,3 +155,35 @@ def test_white_parts_two_tables_of_one_width(tmp_path):
     first, second = of_kind(records, "table")
     assert first["box"] == pytest.approx([160, 842 - 730, 410, 842 - 650], abs=6)
     assert second["box"] == pytest.approx([160, 842 - 600, 410, 842 - 520], abs=6)
+
+
+@pytest.mark.parametrize("between", [
+    text(280, 735, "a + b") + "0.5 w 275 732 m 315 732 l S\n" + text(290, 720, "c"),
+    rule(72, 722, 450),
+    text(72, 722, "A heading", "F2", 12),
+    text(72, 722, "$ make all", COURIER, 9),
+], ids=["formula", "rule", "heading", "code"])  # fmt: skip
+def test_what_stands_between_text_and_figure_is_no_part_of_it(tmp_path, between):
+    page = paragraph(72, 780, BODY) + between + plot(200, 560, 200, 135) + text(220, 540, "Figure 1: A zigzag.")
+    figure = only(tmp_path, page + paragraph(72, 500, BODY))
+    assert figure["box"] == pytest.approx([200, 842 - 695, 400, 842 - 560], abs=6)
+
+
+def test_titles_of_plots_at_the_top_of_pages_are_no_running_heads(tmp_path):
+    def page(number: int) -> str:
+        figure = text(250, 790, "Residuals of the model", HELVETICA, 9) + plot(150, 600, 300, 170)
+        return figure + text(180, 576, f"Figure {number}: The residuals.") + paragraph(72, 540, BODY * 4)
+
+    pages = [page(i) if i < 5 else paragraph(72, 780, BODY * 15) for i in range(1, 9)]
+    records, _ = extract(write_pdf(tmp_path / "a.pdf", pages), tmp_path / "out")
+    figures = of_kind(records, "figure")
+    assert len(figures) == 4
+    assert all("Residuals of the model" in figure["inner_text"] for figure in figures)
+
+
+def test_code_below_a_table_without_rules_is_no_part_of_it(tmp_path):
+    code = "".join(text(110, 618 - 12 * i, line, COURIER, 9) for i, line in enumerate(["$ make all", "$ make test"]))
+    page = paragraph(72, 780, BODY) + text(180, 720, "Table 1: Some cells.") + cells(165, 700, 5) + code
+    found = only(tmp_path, page + paragraph(72, 560, BODY), "table")
+    assert "make" not in found["inner_text"]
+    assert "cell 4 2" in found["inner_text"]
