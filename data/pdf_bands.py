@@ -47,12 +47,20 @@ def band_of(caption: Caption, view: PageView, column: tuple[float, float], up: b
     # A table or a figure across both columns.
     walls += [(b[0], b[1], b[2], b[3]) for b in rules[crosses_gutter(rules, column, view)].tolist()]
     walls += [box for box in view.taken if box[2] > x0 + 2 and box[0] < x1 - 2]
+    # Text beside a caption that stands in the margin, below a figure across text and margin.
+    walls = [box for box in walls if not _is_beside(box, caption.box)]
     middle = (caption.box[1] + caption.box[3]) / 2
     if up:
         edge = max((box[3] for box in walls if (box[1] + box[3]) / 2 < middle), default=0.0)
         return (x0, min(edge, caption.box[1]), x1, caption.box[1])
     edge = min((box[1] for box in walls if (box[1] + box[3]) / 2 > middle), default=view.page.height)
     return (x0, caption.box[3], x1, max(edge, caption.box[3]))
+
+
+def _is_beside(box: Box, caption: Box) -> bool:
+    """Left or right of the caption, at its height."""
+    apart = box[2] <= caption[0] + 2 or box[0] >= caption[2] - 2
+    return apart and min(box[3], caption[3]) - max(box[1], caption[1]) > 0.3 * (box[3] - box[1])
 
 
 def framed(line: Line, view: PageView) -> bool:
@@ -141,3 +149,18 @@ def clip(box: Box, band: Box) -> Box:
 def between(box: Box, region: Box) -> bool:
     """Between the left and the right end of the region."""
     return box[0] > region[0] - 4 and box[2] < region[2] + 4
+
+
+def off_caption(box: Box, inner: Box, caption: Caption, up: bool) -> Box:
+    """The region without the strip next to its caption into which letters may reach down or up.
+
+    Args:
+        box: the region with its margin.
+        inner: without it.
+        caption: the region's.
+        up: the region is above its caption.
+    """
+    reach = 0.2 * caption.lines[0].size
+    if up:
+        return (box[0], box[1], box[2], min(box[3], max(inner[3], caption.box[1] - reach)))
+    return (box[0], max(box[1], min(inner[1], caption.box[3] + reach)), box[2], box[3])

@@ -61,8 +61,10 @@ def _drawn_in(caption: Caption, view: PageView, pieces: list[Box], band: Box) ->
     if not seeds:
         return None
     hull = union(seeds)
+    # Shades of every other row are as far from each other as a row is high.
+    joined = JOINED if caption.kind == "figure" else 2.5 * view.style.body_size
     for _ in held:
-        grown = union([hull, *(box for box in held if max(box[1] - hull[3], hull[1] - box[3]) < JOINED)])
+        grown = union([hull, *(box for box in held if max(box[1] - hull[3], hull[1] - box[3]) < joined)])
         if grown == hull:
             break
         hull = grown

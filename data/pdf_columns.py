@@ -6,6 +6,8 @@ from moexpand.data.pdf_view import PageView
 
 LEAST_GUTTER = 4.0
 """Points of white between two floats that stand beside each other."""
+NEAR_CAPTION = 5.0
+"""Font sizes between a caption and the drawing that is its own, at most; axis labels stand between."""
 
 
 def column_of(caption: Caption, view: PageView, whole: bool = False) -> tuple[float, float]:
@@ -31,10 +33,10 @@ def column_of(caption: Caption, view: PageView, whole: bool = False) -> tuple[fl
     left, right = _between_floats(caption, view, left, right)
     # Text that flows around the figure, or the text in whose margin the figure stands.
     flowing = [line for line in view.walls if not line.mono and left < (line.x0 + line.x1) / 2 < right]
-    before = _along([line for line in flowing if line.x1 <= box[0] + 2], caption)
-    after = _along([line for line in flowing if line.x0 >= box[2] - 2], caption)
-    left = max([left, *((line.x1 + box[0]) / 2 for line in before)])
-    right = min([right, *((line.x0 + box[2]) / 2 for line in after)])
+    for line in _along([line for line in flowing if line.x1 <= box[0] + 2], caption):
+        left = max(left, left if _is_spanned(line, caption, view) else (line.x1 + box[0]) / 2)
+    for line in _along([line for line in flowing if line.x0 >= box[2] - 2], caption):
+        right = min(right, right if _is_spanned(line, caption, view) else (line.x0 + box[2]) / 2)
     return _beside_texts(caption, view, left, right)
 
 
@@ -67,6 +69,19 @@ def _along(lines: list[Line], caption: Caption) -> list[Line]:
         found += near
         rows += bool(near)
     return found if rows >= 0.8 * len(caption.lines) else []
+
+
+def _is_spanned(line: Line, caption: Caption, view: PageView) -> bool:
+    """Whether something drawn next to a caption reaches over or under the text beside it: text and margin share that figure."""
+    box = caption.box
+    near = NEAR_CAPTION * view.style.body_size
+    return any(
+        max(box[1] - b[3], b[1] - box[3]) < near
+        and b[0] < min(line.x1, box[2]) - 12
+        and b[2] > max(line.x0, box[0]) + 12
+        and (b[3] < line.middle or b[1] > line.middle)
+        for b in view.clusters
+    )
 
 
 def _between_floats(caption: Caption, view: PageView, left: float, right: float) -> tuple[float, float]:
@@ -107,7 +122,9 @@ def _free(strip: tuple[float, float], spans: list[tuple[float, float]]) -> float
 def _beside_texts(caption: Caption, view: PageView, left: float, right: float) -> tuple[float, float]:
     """Narrowed by paragraphs that stand beside the drawing next to a caption."""
     box = caption.box
+    near = NEAR_CAPTION * view.style.body_size
     drawn = [b for b in view.clusters if min(b[2] - b[0], b[3] - b[1]) > 24 and b[2] > box[0] and b[0] < box[2]]
+    drawn = [b for b in drawn if max(box[1] - b[3], b[1] - box[3]) < near]
     for text in view.texts:
         beside = [b for b in drawn if min(b[3], text[3]) - max(b[1], text[1]) > 0.3 * (text[3] - text[1])]
         if text[2] < box[0] and any(text[2] < b[0] for b in beside):

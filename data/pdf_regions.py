@@ -16,6 +16,7 @@ from moexpand.data.pdf_bands import (
     crosses_gutter,
     gap_of,
     in_band,
+    off_caption,
     rows_beside,
     to_caption,
     with_labels,
@@ -131,15 +132,22 @@ def _table_region(caption: Caption, view: PageView, column: tuple[float, float],
 
 def _figure_region(caption: Caption, view: PageView, column: tuple[float, float], up: bool) -> Region | None:
     """What is drawn beside the caption with its labels; else a listing or a block of text that is no running text."""
+    joined = False
     framed = _framed_region(caption, view, column, up)
     if framed is not None and framed.box[2] - framed.box[0] > 0.45 * (column[1] - column[0]):
         # The boxes of a diagram hold text, too: what is drawn beside them goes over the frames' sides then.
         middle = (view.boxes[:, 1] + view.boxes[:, 3]) / 2
         beside = view.boxes[(middle > framed.box[1]) & (middle < framed.box[3])]
         beside = beside[(beside[:, 2] > column[0]) & (beside[:, 0] < column[1])]
-        if not len(beside) or (beside[:, 0].min() > framed.box[0] - 12 and beside[:, 2].max() < framed.box[2] + 12):
+        # An arrow from another row of boxes.
+        far = view.boxes[:, 1] < framed.box[1] - 12 if up else view.boxes[:, 3] > framed.box[3] + 12
+        reaching = view.boxes[:, 3] > framed.box[1] - 1 if up else view.boxes[:, 1] < framed.box[3] + 1
+        out = far & reaching & (view.boxes[:, 0] > framed.box[0]) & (view.boxes[:, 2] < framed.box[2])
+        wide = len(beside) and (beside[:, 0].min() < framed.box[0] - 12 or beside[:, 2].max() > framed.box[2] + 12)
+        joined = bool(out.any())
+        if not wide and not joined:
             return framed
-    band = band_of(caption, view, column, up, listings=True)
+    band = band_of(caption, view, column, up, listings=not joined)
     boxes = view.boxes
     height = (boxes[:, 3] - boxes[:, 1]).clip(0.1)
     middle = (boxes[:, 0] + boxes[:, 2]) / 2
@@ -154,7 +162,8 @@ def _figure_region(caption: Caption, view: PageView, column: tuple[float, float]
     # A lone rule is a separator, not a figure.
     if solid or len(drawn) >= 8:
         hull = _drawing(drawn, band, view)
-        box = clip(to_caption(hull, band, view, up), band)
+        whole = to_caption(hull, band, view, up)
+        box = off_caption(clip(whole, band), whole, caption, up)
         return Region(box, 1.0, gap_of(box, caption, up))
     return _listing_region(caption, view, column, up)
 

@@ -12,6 +12,7 @@ from moexpand.data.pdf_layout import Page, Style
 from moexpand.data.pdf_shapes import RULE, Boxes, bridge_titles, cluster, framed_by_lines, inside, join_rules
 from moexpand.data.pdf_text import Box, Line, is_prose
 
+NUMBER = re.compile(r"^[(\-\u2212+]?[\d.,]+[%)]?$")
 LAST_WORD = re.compile(r"^[^\W\d_]{3,}[.!?]$")
 LEAST_FLOWING = 4
 """Lines from one left edge to the margin that are running text wherever they begin."""
@@ -104,7 +105,7 @@ class PageView:
         if not line.mono and abs(line.size - style.body_size) > 0.6:
             return False
         width, indent = right - left, line.x0 - left
-        if line.width > 0.55 * width and indent < 0.2 * width:
+        if line.width > 0.55 * width and indent < 0.2 * width and not _is_row(line.text):
             return True
         if not line.mono and -3 < indent < 4 * line.size and is_prose(line.text) and line.width > 0.2 * width:
             return True
@@ -292,6 +293,13 @@ def _paragraph_lines(lines: list[Line]) -> set[int]:
         if near >= 2:
             found.add(id(line))
     return found
+
+
+def _is_row(text: str) -> bool:
+    """Numbers are half of it or more, as in a row of a table."""
+    tokens = text.split()
+    numbers = sum(NUMBER.match(token) is not None for token in tokens)
+    return numbers >= 2 and 2 * numbers >= len(tokens)
 
 
 def _flowing_lines(lines: list[Line]) -> set[int]:

@@ -2,6 +2,9 @@
 
 import pytest
 
+from moexpand.data.pdf_bands import off_caption
+from moexpand.data.pdf_captions import Caption
+from moexpand.data.pdf_text import Line
 from tests.data.pdf_maker import COURIER, HELVETICA, paragraph, plot, rule, text, write_pdf
 from tests.data.pdf_reading import BODY, extract, of_kind
 
@@ -187,3 +190,29 @@ def test_code_below_a_table_without_rules_is_no_part_of_it(tmp_path):
     found = only(tmp_path, page + paragraph(72, 560, BODY), "table")
     assert "make" not in found["inner_text"]
     assert "cell 4 2" in found["inner_text"]
+
+
+def test_boxes_of_text_that_arrows_join_are_taken_whole(tmp_path):
+    def box(x: float, y: float) -> str:
+        return frame(x, y, 150, 36) + paragraph(x + 6, y + 22, ["What is done in this step", "of the whole."])
+
+    arrow = "1 w 345 690 m 175 646 l S\n"
+    page = paragraph(72, 800, BODY) + box(100, 690) + box(300, 690) + box(100, 610) + box(300, 610) + arrow
+    figure = only(tmp_path, page + text(200, 590, "Figure 1: Four steps.") + paragraph(72, 550, BODY))
+    assert figure["box"] == pytest.approx([100, 842 - 726, 450, 842 - 610], abs=6)
+
+
+def test_rows_of_numbers_are_no_running_text(tmp_path):
+    rows = "".join(text(84, 690 - 14 * i, f"the name {i}") + text(290, 690 - 14 * i, "14.17") for i in range(5))
+    numbers = "".join(text(84, 620 - 14 * i, f"another name {i}  " + "  ".join(["15.790001"] * 6)) for i in range(4))
+    page = paragraph(72, 780, BODY) + text(180, 706, "Table 1: Some numbers.") + rows + numbers + paragraph(72, 500, BODY)
+    found = only(tmp_path, page, "table")
+    assert "another name 3" in found["inner_text"]
+
+
+def test_letters_that_reach_below_the_caption_are_not_in_the_picture():
+    # The boxes of many fonts end above their letters' tails.
+    line = Line("Figure 1: gypsy", 100, 90, 200, 100, 10, "F", False)
+    caption = Caption("figure", "1", 0, [line], line.box)
+    assert off_caption((90, 100, 310, 203), (93, 101.5, 307, 200), caption, up=False) == (90, 101.5, 310, 203)
+    assert off_caption((90, 100, 310, 203), (93, 110, 307, 200), caption, up=False) == (90, 102, 310, 203)

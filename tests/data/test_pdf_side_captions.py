@@ -139,3 +139,26 @@ def test_a_table_across_both_columns_is_no_part_of_the_figure_below_it(tmp_path)
     page = table + plot(90, 560, 180, 110) + text(72, 540, "Figure 1: A zigzag.", size=9)
     (figure,) = two_columns(tmp_path, page + column(72, 510, 35) + column(310, 680, 48))
     assert figure["box"] == pytest.approx([90, 842 - 670, 270, 842 - 560], abs=6)
+
+
+def test_a_margin_caption_below_a_figure_across_text_and_margin(tmp_path):
+    body = "".join(text(72, 601 - 12 * i, NARROW[i % 3] + " of the page") for i in range(30))
+    page = plot(72, 620, 440, 150) + paragraph(360, 600, ["Figure 1: A drawing that", "is as wide as all."], 8) + body
+    figure = figure_of(tmp_path, page)
+    assert figure["box"] == pytest.approx([72, 842 - 770, 512, 842 - 620], abs=6)
+
+
+def test_shades_of_every_other_row_beside_a_caption(tmp_path):
+    shades = "".join(f"0.9 g 200 {690 - 40 * i} 200 20 re f 0 g\n" for i in range(4))
+    rows = "".join(text(210 + 70 * j, 696 - 20 * i, f"cell {i} {j}") for i in range(8) for j in range(3))
+    page = paragraph(72, 780, BODY) + shades + rows + paragraph(72, 700, ["Table 1: Rows of", "two kinds."])
+    found = figure_of(tmp_path, page + paragraph(72, 480, BODY), "table")
+    assert found["box"] == pytest.approx([200, 842 - 710, 400, 842 - 554], abs=6)
+
+
+def test_a_figure_below_in_the_column_does_not_narrow_a_table_across_both(tmp_path):
+    rows = "".join(text(110 + 95 * j, 744 - 12 * i, f"{i}{j}.25", size=9) for i in range(6) for j in range(5))
+    page = text(72, 772, "Table 1: Numbers.", size=9) + rule(100, 760, 410) + rows + rule(100, 676, 410)
+    page += plot(90, 540, 180, 110) + text(72, 520, "Figure 1: A zigzag.", size=9) + column(72, 490, 30) + column(310, 650, 45)
+    (table,) = two_columns(tmp_path, page, "table")
+    assert table["box"] == pytest.approx([100, 842 - 760, 510, 842 - 676], abs=6)
