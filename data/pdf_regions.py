@@ -2,7 +2,8 @@
 
 Science PDFs draw their figures as paths, hardly ever as embedded pictures, so a figure is a region to render: what is drawn
 between a caption and the nearest wall (running text, another caption, the page's edge), with the labels that belong to it. Where
-nothing is drawn it may be a listing, framed or not. Tables reach from rule to rule, or over the rows beside their caption.
+nothing is drawn it may be a listing, framed or not, or rows of letters. Tables: pdf_tables.py; captions beside something:
+pdf_beside.py; how far left and right a caption's region may reach: pdf_columns.py.
 """
 
 import numpy as np
