@@ -60,7 +60,7 @@ def figure_pattern(label: str, number: str) -> re.Pattern[str]:
     """How running text speaks of a figure or table by its number.
 
     Args:
-        label: fig, scheme or tab, as `pdf_captions.label_of` gives it.
+        label: fig, scheme or tab, as `pdf_labels.label_of` gives it.
         number: as the caption writes it.
     """
     words = {"fig": r"Fig(?:ure|\.)?s?", "tab": r"Tab(?:le|\.)?s?", "scheme": r"Schemes?"}

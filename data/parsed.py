@@ -21,7 +21,7 @@ from PIL import Image
 from moexpand.data.document import MAX_PAGES, DocumentLimits, Refused, equation_pattern, figure_pattern, mentions_of, write_result
 from moexpand.data.image_decode import DEFAULT_LIMITS, BadImage, decode_image, image_size
 from moexpand.data.parts import Unusable
-from moexpand.data.pdf_captions import label_of
+from moexpand.data.pdf_labels import label_of
 from moexpand.data.pdf_text import UNSEEN, Box
 from moexpand.data.picture_files import picture_content, picture_ending, picture_inside
 from moexpand.data.tally import Tally

@@ -7,13 +7,10 @@ import re
 from dataclasses import dataclass
 from itertools import pairwise
 
+from moexpand.data.pdf_labels import ALONE, BARE, CAPTION, label_of
 from moexpand.data.pdf_layout import Page, Style
-from moexpand.data.pdf_text import Box, Line
+from moexpand.data.pdf_text import Box, Line, is_prose
 
-NUMBER = r"(?:[A-Z][.\-]?)?\d+(?:[.\-\u2013]\d+)*|[IVXL]+(?![a-z])"
-WORD = r"(?:(?:supplementary|supplemental|extended data)\s+)?(fig(?:ure|\.)?|scheme|tab(?:le|\.)?)"
-CAPTION = re.compile(rf"^{WORD}\s*({NUMBER})\s*([:.|\u2014\u2013]?)(?=\s|$)", re.I)
-BARE = re.compile(rf"^{WORD}\s*(?:{NUMBER})$", re.I)
 ENTRY = re.compile(r"(?:\.\s?){4,}\s*\d+$")
 """How a line of a list of figures ends."""
 CONTINUED = re.compile(r"\(?\b(?:continued|cont\.|cont'd)", re.I)
@@ -56,15 +53,6 @@ def union(boxes: list[Box]) -> Box:
     return (min(b[0] for b in boxes), min(b[1] for b in boxes), max(b[2] for b in boxes), max(b[3] for b in boxes))
 
 
-def label_of(text: str) -> tuple[str, str]:
-    """(fig, scheme or tab, number) with which a caption begins; two empty strings where it does not begin so."""
-    match = CAPTION.match(text)
-    if match is None:
-        return "", ""
-    word = match.group(1).lower()
-    return ("scheme" if word == "scheme" else word[:3]), match.group(2)
-
-
 def find_captions(pages: list[Page], columns: dict[int, float | None], style: Style) -> list[Caption]:
     """All captions of the document; a number that comes back is one caption for each place that looks like its first.
 
@@ -92,7 +80,7 @@ def find_captions(pages: list[Page], columns: dict[int, float | None], style: St
             mark = candidate.style[0]
             if mark in usual and key not in taken:
                 taken.add(key)
-                lines = caption_lines(candidate.page, candidate.place, columns[candidate.page.number])
+                lines = caption_lines(candidate.page, candidate.place, columns[candidate.page.number], style)
                 if not mark and len(" ".join(one.text for one in lines)) < len(line.text) + 3 and BARE.search(line.text):
                     continue
                 captions.append(Caption(kind, candidate.number, candidate.page.number, lines, union([one.box for one in lines])))
@@ -155,7 +143,7 @@ def _continues_text(page: Page, line: Line, marked: bool) -> bool:
     return False
 
 
-def caption_lines(page: Page, first: int, split: float | None) -> list[Line]:
+def caption_lines(page: Page, first: int, split: float | None, style: Style) -> list[Line]:
     """The caption's first line and all that go on with it, superscripts and pieces of formulas included."""
     head = page.lines[first]
     across = split is not None and head.x0 < split - 6 and head.x1 > split + 6
@@ -174,18 +162,31 @@ def caption_lines(page: Page, first: int, split: float | None) -> list[Line]:
     taken = [row]
     pitch = None
     for following in rows[start + 1 : start + MAX_CAPTION_LINES]:
+        if not _under(following, head, taken):
+            # Labels of a figure, or another caption, that stand beside this one at heights of their own.
+            continue
         pieces = _near(following, head, taken)
         if not pieces:
             break
         box, last = _extent(pieces, head), _extent(taken[-1], head)
         step = box[3] - last[3]
-        if box[1] - last[3] > 0.75 * head.size or (pitch is not None and step > 1.25 * pitch):
+        if box[1] - last[3] > _white(taken, pieces, head, style) or (pitch is not None and step > 1.25 * pitch):
             break
         if not _goes_on(taken, pieces, head) or _parted(page, last, box):
             break
-        pitch = step if pitch is None else pitch
+        if pitch is None and not (len(taken) == 1 and ALONE.match(head.text)):
+            pitch = step
         taken.append(pieces)
     return [line for row in taken for line in row]
+
+
+def _white(taken: list[list[Line]], row: list[Line], head: Line, style: Style) -> float:
+    """White between two rows of a caption, at most, in points."""
+    title = max(row, key=lambda line: len(line.text))
+    if len(taken) > 1 or BARE.match(" ".join(line.text for line in taken[0])) is None or title.font in style.body_fonts:
+        return 0.75 * head.size
+    # A title in another font than the text, one empty line below its label.
+    return 1.8 * head.size if len(row) == 1 and abs(title.x0 - head.x0) < 1 else 0.75 * head.size
 
 
 def _rows(lines: list[Line]) -> list[list[Line]]:
@@ -226,19 +227,27 @@ def _row_from(row: list[Line], head: Line) -> list[Line]:
         gap = line.x0 - max(other.x1 for other in taken)
         label = CAPTION.match(head.text)
         alone = len(taken) == 1 and label is not None and label.end() == len(head.text)
-        if gap > (4.0 if alone else 1.9) * head.size or CAPTION.match(line.text):
+        if gap > (4.0 if alone else 1.9) * head.size or CAPTION.match(line.text) or _of_text_beside(line, head):
             break
         taken.append(line)
     return taken
 
 
-def _near(row: list[Line], head: Line, taken: list[list[Line]]) -> list[Line]:
-    """The pieces of a later row under the caption, up to the first wide gap."""
+def _of_text_beside(line: Line, head: Line) -> bool:
+    """A longer piece on a baseline or in a size of its own: running text that flows around the figure."""
+    return len(line.text) > 20 and (abs(line.y1 - head.y1) > 0.15 * head.size or abs(line.size - head.size) > 0.6)
+
+
+def _under(row: list[Line], head: Line, taken: list[list[Line]]) -> list[Line]:
+    """The pieces of a row between the left and the right end of what the caption has so far."""
     x0 = min(line.x0 for row in taken for line in row)
     x1 = max(line.x1 for row in taken for line in row)
-    under = [line for line in row if line.x1 > x0 - 0.5 * head.size and line.x0 < x1 + 0.5 * head.size]
-    if not under:
-        return []
+    return [line for line in row if line.x1 > x0 - 0.5 * head.size and line.x0 < x1 + 0.5 * head.size]
+
+
+def _near(row: list[Line], head: Line, taken: list[list[Line]]) -> list[Line]:
+    """The pieces of a later row under the caption, up to the first wide gap."""
+    under = _under(row, head, taken)
     runs = [[under[0]]]
     for last, line in pairwise(under):
         if line.x0 - last.x1 > 1.9 * head.size:
@@ -262,9 +271,15 @@ def _extent(row: list[Line], head: Line) -> Box:
 def _goes_on(taken: list[list[Line]], row: list[Line], head: Line) -> bool:
     """Whether a row is the caption's next one, by font, place and fill of the last row."""
     main = max(row, key=lambda line: len(line.text))
-    if CAPTION.match(row[0].text) or abs(main.size - head.size) > 0.6:
-        return False
     last = taken[-1]
+    size = max(last, key=lambda line: len(line.text)).size
+    alone = len(taken) == 1 and ALONE.match(" ".join(line.text for line in last)) is not None
+    # A title in small capitals has the size of these; it is smaller than its label, and so are its other rows.
+    other_size = not (alone and main.size < head.size) and min(abs(main.size - head.size), abs(main.size - size)) > 0.6
+    # The first label of a figure that begins right below, in a font of its own.
+    foreign = len(main.text) < 20 and main.font not in {line.font for one in taken for line in one}
+    if CAPTION.match(row[0].text) or other_size or (foreign and not alone):
+        return False
     if main.mono and not head.mono and len(row) == 1 and _extent(row, head)[1] - _extent(last, head)[3] > 0.45 * head.size:
         # A listing; code within a caption stands at the caption's pitch.
         return False
@@ -276,6 +291,8 @@ def _goes_on(taken: list[list[Line]], row: list[Line], head: Line) -> bool:
         return False
     if row[0].x0 > left + 12 * head.size and not centred:
         return False
+    if alone:
+        return len(row) == 1 or is_prose(" ".join(line.text for line in row))
     # The next word would have fitted on the last row: that was the paragraph's end.
     word = row[0].text.split(" ", 1)[0]
     length = row[0].width * len(word) / max(len(row[0].text), 1)

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from moexpand.data.pdf_captions import union
 from moexpand.data.pdf_layout import Page, Style
 from moexpand.data.pdf_paragraphs import Text
-from moexpand.data.pdf_text import Box, Line
-from moexpand.data.pdf_view import PageView, inside, is_prose
+from moexpand.data.pdf_shapes import inside
+from moexpand.data.pdf_text import Box, Line, is_prose
+from moexpand.data.pdf_view import PageView
 
 NUMBER = re.compile(r"^\(((?:[A-Z][.\-]?)?\d+(?:[.\-]\d+)*[a-z]?)\)$")
 MAX_GAP = 0.7

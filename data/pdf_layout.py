@@ -9,10 +9,14 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+from moexpand.data.pdf_labels import CAPTION
 from moexpand.data.pdf_text import Box, Line
 
 HEAD_ZONE = 0.12
 """Fraction of the page's height, at the top and at the bottom, where running heads and page numbers stand."""
+
+NEAR_DRAWING = 40.0
+"""Points between the title of a plot and what is drawn below it, at most."""
 
 
 @dataclass
@@ -98,19 +102,28 @@ def strip_running_heads(pages: list[Page]) -> None:
     repeats: Counter[tuple[str, int]] = Counter()
     alone: Counter[int] = Counter()
     rules: Counter[int] = Counter()
+    plain: Counter[tuple[str, int]] = Counter()
     for page in pages:
         zone = [line for line in page.lines if _in_zone(line.box, zones)]
         repeats.update({(_pattern(line.text), _height(line.box)) for line in zone})
+        plain.update({(_pattern(line.text), _height(line.box)) for line in zone if not _is_over_drawing(line, page)})
         alone.update({_height(line.box) for line in zone if _stands_apart(line, page, pitch)})
         rules.update({_height(box) for box in page.graphics if _is_rule(box, page) and _in_zone(box, zones)})
 
     def is_head(line: Line, page: Page) -> bool:
+        if CAPTION.match(line.text):
+            # Tables that begin pages have their captions at one height, too.
+            return False
         height = _height(line.box)
         near = (height - 1, height, height + 1)
         pattern = _pattern(line.text)
         # Tables at the top of a few pages may have the same header row below the running head.
         least = 3 if _outermost(line, page) else often
-        return sum(repeats[pattern, y] for y in near) >= least or sum(alone[y] for y in near) >= often
+        again = sum(repeats[pattern, y] for y in near)
+        if again < 0.7 * len(pages) and not sum(plain[pattern, y] for y in near):
+            # The title of plots that begin several pages.
+            return False
+        return again >= least or sum(alone[y] for y in near) >= often
 
     for page in pages:
         page.lines = [line for line in page.lines if not (_in_zone(line.box, zones) and is_head(line, page))]
@@ -136,6 +149,14 @@ def _zones(pages: list[Page]) -> tuple[float, float]:
 
 def _in_zone(box: Box, zones: tuple[float, float]) -> bool:
     return box[3] < zones[0] or box[1] > zones[1]
+
+
+def _is_over_drawing(line: Line, page: Page) -> bool:
+    """Something other than a rule is drawn close below the line."""
+    return any(
+        -2 < box[1] - line.y1 < NEAR_DRAWING and box[0] < line.x1 and box[2] > line.x0 and not _is_rule(box, page)
+        for box in page.graphics
+    )
 
 
 def _is_rule(box: Box, page: Page) -> bool:

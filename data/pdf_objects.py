@@ -70,7 +70,8 @@ class PageObjects:
 
 def page_matrix(page: pdfium.PdfPage) -> tuple[Matrix, float, float]:
     """From PDF space to points from the top left of the page as it is shown, and the page's width and height."""
-    left, bottom, right, top = page.get_cropbox()
+    # PDFium's own box: those that a page inherits from the tree of pages are not given as its media and crop box.
+    left, bottom, right, top = page.get_bbox()
     width, height = page.get_size()
     rotation = page.get_rotation()
     if rotation == 90:

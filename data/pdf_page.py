@@ -2,11 +2,10 @@
 
 import pypdfium2 as pdfium
 
-from moexpand.data.pdf_captions import CAPTION
+from moexpand.data.pdf_labels import CAPTION
 from moexpand.data.pdf_layout import Page
 from moexpand.data.pdf_objects import TooManyObjects, read_objects
-from moexpand.data.pdf_text import Box, Line, read_lines
-from moexpand.data.pdf_view import is_prose
+from moexpand.data.pdf_text import Box, Line, is_prose, read_lines
 
 MAX_SIDE_POINTS = 4000.0
 """Longest side of a page that is read, 1.4 metres; a MediaBox may claim kilometres."""

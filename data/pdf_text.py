@@ -4,6 +4,7 @@ Coordinates everywhere in the PDF stage: points (1/72 inch), origin at the top l
 page's own rotation; a box is (x0, y0, x1, y1).
 """
 
+import re
 from dataclasses import dataclass
 from itertools import repeat
 
@@ -27,6 +28,7 @@ UNSEEN = ((0x200B, 0x200F), (0x202A, 0x202E), (0x2060, 0x206F), (0xFE00, 0xFE0F)
 """Code points without a shape: joiners, marks of direction, tags; text can be smuggled in them."""
 MAX_CHARACTERS = 500_000
 """Of a page."""
+WORD = re.compile(r"[^\W\d_]{2,}[,;:.)]?$")
 
 
 @dataclass
@@ -176,3 +178,10 @@ def _string(codes: NDArray[np.int64], spaced: NDArray[np.bool_]) -> tuple[str, l
     with_spaces = np.insert(codes, np.flatnonzero(spaced), 32)
     place = np.arange(len(codes)) + np.cumsum(spaced)
     return with_spaces.astype("<u4").tobytes().decode("utf-32-le"), place.tolist()
+
+
+def is_prose(text: str) -> bool:
+    """Five words and more, most of them of letters: even an indented line of these begins or ends a paragraph."""
+    tokens = text.split()
+    words = sum(WORD.match(token.lstrip("(")) is not None for token in tokens)
+    return len(tokens) >= 5 and words >= 0.6 * len(tokens)

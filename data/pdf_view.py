@@ -9,25 +9,13 @@ from numpy.typing import NDArray
 
 from moexpand.data.pdf_captions import Caption, union
 from moexpand.data.pdf_layout import Page, Style
-from moexpand.data.pdf_text import Box, Line
+from moexpand.data.pdf_shapes import RULE, Boxes, bridge_titles, cluster, framed_by_lines, inside, join_rules
+from moexpand.data.pdf_text import Box, Line, is_prose
 
-Boxes = NDArray[np.float64]
-
-CELL = 6.0
-"""Points of the grid in which drawings that touch are joined."""
-NEAR = 4.0
-"""Points between drawings that still belong together."""
-RULE = 2.5
-"""Height in points up to which a drawing is a horizontal rule."""
-
-WORD = re.compile(r"[^\W\d_]{2,}[,;:.)]?$")
-
-
-def is_prose(text: str) -> bool:
-    """Five words and more, most of them of letters: even an indented line of these begins or ends a paragraph."""
-    tokens = text.split()
-    words = sum(WORD.match(token.lstrip("(")) is not None for token in tokens)
-    return len(tokens) >= 5 and words >= 0.6 * len(tokens)
+NUMBER = re.compile(r"^[(\-\u2212+]?[\d.,]+[%)]?$")
+LAST_WORD = re.compile(r"^[^\W\d_]{3,}[.!?]$")
+LEAST_FLOWING = 4
+"""Lines from one left edge to the margin that are running text wherever they begin."""
 
 
 @dataclass
@@ -50,6 +38,10 @@ class PageView:
     """Frames and shades with nothing but text in them."""
     walls: list[Line] = field(default_factory=list)
     """Running text, listings and headings."""
+    texts: list[Box] = field(default_factory=list)
+    """Boxes of paragraphs that stand outside of drawings, of three lines or more."""
+    taken: list[Box] = field(default_factory=list)
+    """Regions that are known to be other captions' own."""
 
     def __post_init__(self) -> None:
         page = self.page
@@ -57,16 +49,41 @@ class PageView:
         self.lines = [line for line in page.lines if id(line) not in taken]
         boxes = np.array(page.graphics, np.float64).reshape(-1, 4)
         area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-        self.boxes = boxes[area < 0.8 * page.width * page.height]
+        boxes = boxes[(area < 0.8 * page.width * page.height) & ~self._is_bleed(boxes)]
+        self.boxes = boxes[~self._holds_caption(boxes)]
         self.rules = bridge_titles(join_rules(self.boxes), self.lines)
         self.clusters = cluster(self.boxes)
         paragraphs = _paragraph_lines([line for line in self.lines if self._is_wide(line)])
+        paragraphs |= _flowing_lines([line for line in self.lines if self._is_set_to_margin(line)])
         body = [line for line in self.lines if id(line) in paragraphs or self._is_body(line)]
         body += self._last_lines(body)
         self.frames = self._text_frames()
         body += self._framed_code(body)
+        self.texts = self._texts()
         beside = self._code_beside_drawings()
         self.walls = [line for line in body if id(line) not in beside and not self._is_label(line, body)] + self._footnotes()
+
+    def _is_bleed(self, boxes: Boxes) -> NDArray[np.bool_]:
+        """Which boxes are bars along the upper or lower edge of the page."""
+        page = self.page
+        wide = (boxes[:, 0] < 2) & (boxes[:, 2] > page.width - 2) & (boxes[:, 3] - boxes[:, 1] < 0.25 * page.height)
+        at_edge = (boxes[:, 1] < 0.15 * page.height) | (boxes[:, 3] > 0.85 * page.height)
+        found: NDArray[np.bool_] = wide & at_edge
+        return found
+
+    def _holds_caption(self, boxes: Boxes) -> NDArray[np.bool_]:
+        """Which boxes are frames or grounds around a figure and its caption, or the sides of such a frame."""
+        found = np.zeros(len(boxes), bool)
+        high = boxes[:, 3] - boxes[:, 1] > RULE
+        for caption in self.captions:
+            x0, y0, x1, y1 = caption.box
+            around = (boxes[:, 0] < x0) & (boxes[:, 1] < y0) & (boxes[:, 2] > x1) & (boxes[:, 3] > y1)
+            found |= around
+            for frame in boxes[around].tolist():
+                sides = ((np.abs(boxes[:, :2] - frame[:2]) < 3) | (np.abs(boxes[:, 2:] - frame[2:]) < 3)).any(axis=1)
+                thin = (boxes[:, 2] - boxes[:, 0] < RULE) | ~high
+                found |= sides & thin & (boxes[:, 0] > frame[0] - 3) & (boxes[:, 2] < frame[2] + 3)
+        return found
 
     def column(self, line: Line) -> tuple[float, float]:
         """Left and right end of the column of text that a line stands in."""
@@ -88,11 +105,18 @@ class PageView:
         if not line.mono and abs(line.size - style.body_size) > 0.6:
             return False
         width, indent = right - left, line.x0 - left
-        if line.width > 0.55 * width and indent < 0.2 * width:
+        if line.width > 0.55 * width and indent < 0.2 * width and not _is_row(line.text):
             return True
         if not line.mono and -3 < indent < 4 * line.size and is_prose(line.text) and line.width > 0.2 * width:
             return True
-        return at_left and (line.mono or len(line.text) > 8)
+        # The last word of a paragraph may stand alone at the top of a page.
+        return at_left and (line.mono or len(line.text) > 8 or LAST_WORD.match(line.text) is not None)
+
+    def _is_set_to_margin(self, line: Line) -> bool:
+        """In font and size of running text, and as far to the right as it."""
+        style = self.style
+        text = line.font in style.body_fonts and abs(line.size - style.body_size) < 0.3 and not line.mono and not line.turn
+        return text and abs(line.x1 - self.margins(self.column(line))[1]) < 2.0
 
     def _is_wide(self, line: Line) -> bool:
         """In the size of running text, or as wide as it: notes of tables are smaller and narrower."""
@@ -163,6 +187,23 @@ class PageView:
             if within.sum() <= max(2, len(held) // 2) and filled > 0.35 * (y1 - y0):
                 frames.append((x0, y0, x1, y1))
         return frames
+
+    def _texts(self) -> list[Box]:
+        """Boxes around three and more lines of prose from one left edge on, at one pitch and in one size."""
+        drawn = [box for box in self.clusters if box[3] - box[1] > 36]
+        lines = [line for line in self.lines if not line.turn and not line.mono and line.size > 0.8 * self.style.body_size]
+        lines = [line for line in lines if not any(inside(line.box, box, 1.0) for box in drawn)]
+        found: list[Box] = []
+        block: list[Line] = []
+        for line in [*sorted(lines, key=lambda line: (round(line.x0 / 2), line.y0)), None]:
+            last = block[-1] if block else None
+            if line is not None and last is not None and line.font == last.font and 0 < line.y0 - last.y0 < 2.4 * line.size:
+                block.append(line)
+                continue
+            if len(block) >= 3 and is_prose(" ".join(one.text for one in block)):
+                found.append(union([one.box for one in block]))
+            block = [line] if line is not None else []
+        return found
 
     def _framed_code(self, body: list[Line]) -> list[Line]:
         """Code in frames about as wide as the column: a part of the running text, in whatever font and however far indented."""
@@ -254,6 +295,25 @@ def _paragraph_lines(lines: list[Line]) -> set[int]:
     return found
 
 
+def _is_row(text: str) -> bool:
+    """Numbers are half of it or more, as in a row of a table."""
+    tokens = text.split()
+    numbers = sum(NUMBER.match(token) is not None for token in tokens)
+    return numbers >= 2 and 2 * numbers >= len(tokens)
+
+
+def _flowing_lines(lines: list[Line]) -> set[int]:
+    """Ids of lines that follow each other at one pitch from one left edge on, as text does that flows around a figure."""
+    found: set[int] = set()
+    block: list[Line] = []
+    for line in sorted((line for line in lines if len(line.text) >= 20), key=lambda line: (round(line.x0), line.y0)):
+        follows = block and abs(line.x0 - block[-1].x0) < 1.5 and 0.8 * line.size < line.y0 - block[-1].y0 < 1.7 * line.size
+        block = [*block, line] if follows else [line]
+        if len(block) >= LEAST_FLOWING and sum(is_prose(one.text) for one in block) > 0.5 * len(block):
+            found |= {id(one) for one in block}
+    return found
+
+
 def _blocks(lines: list[Line]) -> list[list[Line]]:
     """Lines that follow each other at the pitch of lines, together."""
     blocks: list[list[Line]] = []
@@ -263,105 +323,3 @@ def _blocks(lines: list[Line]) -> list[list[Line]]:
         else:
             blocks.append([line])
     return blocks
-
-
-def inside(box: Box, frame: Box, slack: float) -> bool:
-    """The box lies in the frame."""
-    return box[0] > frame[0] - slack and box[1] > frame[1] - slack and box[2] < frame[2] + slack and box[3] < frame[3] + slack
-
-
-def area(box: Box) -> float:
-    """Square points."""
-    return max(box[2] - box[0], 0.0) * max(box[3] - box[1], 0.0)
-
-
-def overlap(one: Box, other: Box) -> float:
-    """Square points that two boxes share."""
-    return area((max(one[0], other[0]), max(one[1], other[1]), min(one[2], other[2]), min(one[3], other[3])))
-
-
-def stacked(one: Box, other: Box, near: float) -> bool:
-    """Two frames touch, or are near with the same width: the listings of one figure, each with a frame of its own."""
-    gap = max(one[1] - other[3], other[1] - one[3])
-    same = abs(one[0] - other[0]) < 3 and abs(one[2] - other[2]) < 3
-    return gap < (near if same else 3)
-
-
-def join_rules(boxes: Boxes) -> list[Box]:
-    """Horizontal rules at least 40 points long, from pieces on one height that touch or nearly do."""
-    thin = boxes[(boxes[:, 3] - boxes[:, 1] < RULE) & (boxes[:, 2] - boxes[:, 0] > 4)]
-    rules: list[list[float]] = []
-    for x0, y0, x1, y1 in sorted(thin.tolist(), key=lambda b: (round((b[1] + b[3]) / 2), b[0])):
-        last = rules[-1] if rules else None
-        if last is not None and abs((last[1] + last[3]) - (y0 + y1)) < 2.0 and x0 - last[2] < 8:
-            last[1], last[2], last[3] = min(last[1], y0), max(last[2], x1), max(last[3], y1)
-        else:
-            rules.append([x0, y0, x1, y1])
-    found = [(r[0], r[1], r[2], r[3]) for r in rules if r[2] - r[0] > 40]
-    return sorted(found, key=lambda r: (r[1], r[0]))
-
-
-def bridge_titles(rules: list[Box], lines: list[Line]) -> list[Box]:
-    """Rules that a title is set into, as whole ones: two pieces on one height with nothing but a line of text between them."""
-    found: list[Box] = []
-    for rule in rules:
-        for i, left in enumerate(found):
-            gap = rule[0] - left[2]
-            if abs(left[1] - rule[1]) > 2 or gap <= 0:
-                continue
-            y = (rule[1] + rule[3]) / 2
-            titles = [line for line in lines if line.y0 < y < line.y1 and line.x0 > left[2] - 2 and line.x1 < rule[0] + 2]
-            if sum(line.width for line in titles) > 0.5 * gap:
-                found[i] = union([left, rule])
-                break
-        else:
-            found.append(rule)
-    return found
-
-
-def framed_by_lines(boxes: Boxes, rules: list[Box]) -> list[Box]:
-    """Frames drawn piece by piece: two rules of one width with lines between their ends."""
-    upright = boxes[(boxes[:, 2] - boxes[:, 0] < RULE) & (boxes[:, 3] - boxes[:, 1] > 4)]
-    if not len(upright) or len(rules) < 2:
-        return []
-    # With the axes swapped, vertical lines are rules.
-    lines = [(y0, x0, y1, x1) for x0, y0, x1, y1 in join_rules(upright[:, [1, 0, 3, 2]])]
-    frames = []
-    for i, top in enumerate(rules):
-        for bottom in rules[i + 1 : i + 40]:
-            if abs(top[0] - bottom[0]) > 3 or abs(top[2] - bottom[2]) > 3:
-                continue
-            sides = [
-                any(abs((line[0] + line[2]) / 2 - x) < 3 and line[1] < top[3] + 6 and line[3] > bottom[1] - 6 for line in lines)
-                for x in (top[0], top[2])
-            ]
-            if all(sides):
-                frames.append((top[0], top[1], top[2], bottom[3]))
-    return frames
-
-
-def cluster(boxes: Boxes) -> list[Box]:
-    """Boxes around drawings that touch or nearly do; long rules alone make none."""
-    drawn = boxes[(boxes[:, 3] - boxes[:, 1] > RULE) | (boxes[:, 2] - boxes[:, 0] < 60)]
-    cells = np.concatenate([np.floor((drawn[:, :2] - NEAR / 2) / CELL), np.ceil((drawn[:, 2:] + NEAR / 2) / CELL)], axis=1)
-    # Many small marks fall on few cells; large boxes first, so that they swallow the small ones.
-    cells = np.unique(cells, axis=0)
-    cells = cells[np.argsort(-(cells[:, 2] - cells[:, 0]) * (cells[:, 3] - cells[:, 1]), kind="stable")]
-    hulls = [tuple(cell) for cell in cells.tolist()]
-    while True:
-        merged: list[Box] = []
-        for x0, y0, x1, y1 in hulls:
-            apart = []
-            for hull in merged:
-                if hull[0] < x1 and x0 < hull[2] and hull[1] < y1 and y0 < hull[3]:
-                    x0, y0, x1, y1 = min(x0, hull[0]), min(y0, hull[1]), max(x1, hull[2]), max(y1, hull[3])
-                else:
-                    apart.append(hull)
-            merged = [*apart, (x0, y0, x1, y1)]
-        if len(merged) == len(hulls):
-            half = NEAR / 2
-            return [(x0 * CELL + half, y0 * CELL + half, x1 * CELL - half, y1 * CELL - half) for x0, y0, x1, y1 in merged]
-        hulls = merged
-
-
-__all__ = ["Boxes", "PageView", "area", "inside", "join_rules", "overlap", "stacked", "union"]

@@ -90,10 +90,12 @@ def write_pdf(
     forms: dict[str, Form] | None = None,
     rotate: int = 0,
     unicode_map: dict[str, int] | None = None,
+    inherited: bool = False,
 ) -> Path:
     """Write pages of content as a PDF with three standard fonts and, for /Layer, a group that is switched off.
 
     F4 is Times with letters that stand for other code points, those of `unicode_map`. F5 is a bitmap font, see `bitmap_text`.
+    `inherited`: the size of the pages stands in the tree of pages.
     """
     objects: list[bytes] = []
     forms = forms or {}
@@ -106,13 +108,14 @@ def write_pdf(
     objects.append(
         f"<< /Type /Catalog /Pages 2 0 R /OCProperties << /OCGs [{layer} 0 R] /D << /OFF [{layer} 0 R] >> >> >>".encode()
     )
-    objects.append(f"<< /Type /Pages /Kids [{kids}] /Count {len(pages)} >>".encode())
+    media_box = f"/MediaBox [0 0 {media[0]} {media[1]}]"
+    objects.append(f"<< /Type /Pages /Kids [{kids}] /Count {len(pages)} {media_box if inherited else ''} >>".encode())
     for name in ("Times-Roman", "Helvetica", "Courier"):
         objects.append(f"<< /Type /Font /Subtype /Type1 /BaseFont /{name} >>".encode())
     for i, content in enumerate(pages):
         packed = _pack(content)
         objects.append(
-            f"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 {media[0]} {media[1]}] /Rotate {rotate} /Contents {7 + 2 * i} 0 R"
+            f"<< /Type /Page /Parent 2 0 R {'' if inherited else media_box} /Rotate {rotate} /Contents {7 + 2 * i} 0 R"
             f" {resources} >>".encode()
         )
         head = f"<< /Length {len(packed)} /Filter /FlateDecode >>".encode()

@@ -141,7 +141,7 @@ def pdfs(tmp_path_factory):
 
 @pytest.mark.extras
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize(("split", "least_precision", "least_recall"), [("tuned", 0.95, 0.92), ("held_out", 0.89, 0.87)])
+@pytest.mark.parametrize(("split", "least_precision", "least_recall"), [("tuned", 0.95, 0.92), ("held_out", 0.92, 0.90)])
 def test_figures_and_tables_of_real_documents_are_found_as_labelled(pdfs, split, least_precision, least_recall):
     """The goal is 0.95 and 0.92 on both halves; the held-out half is short of it (docs/data.md), and may not become worse."""
     total = score_figures.Score()
