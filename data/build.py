@@ -40,7 +40,7 @@ from moexpand.data.workplace import Workplace, digest_of
 
 Say = Callable[[str], None]
 
-READER_VERSION = 2
+READER_VERSION = 3
 """Another number reads all sources anew where a build goes on."""
 UNTRUSTED = ("pdf", "mineru", "docling", "pictures")
 """Formats whose decoders meet hostile files: read in processes of their own, whatever the number of workers."""
