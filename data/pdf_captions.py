@@ -13,7 +13,7 @@ from moexpand.data.pdf_text import Box, Line, is_prose
 
 ENTRY = re.compile(r"(?:\.\s?){4,}\s*\d+$")
 """How a line of a list of figures ends."""
-CONTINUED = re.compile(r"\(?\b(?:continued|cont\.|cont'd)", re.I)
+CONTINUED = re.compile(r"\(?\b(?:continued|cont\.|cont['\u2019]?d)", re.I)
 SENTENCE_END = re.compile(r"[.!?][)\]\"'\u201d\u2019]?$")
 LEAST_SERIES = 3
 """Captions in a second style that make it one of the document's."""
