@@ -23,6 +23,9 @@ from moexpand.data.pdf_shapes import RULE, overlap
 from moexpand.data.pdf_text import Box, Line
 from moexpand.data.pdf_view import PageView
 
+HEAD = 4.5
+"""Font sizes that the head of a table is high at most."""
+
 
 def table_region(caption: Caption, view: PageView, column: tuple[float, float], up: bool) -> Region | None:
     """From the rule nearest to the caption to the last one before body text; without rules, the rows next to the caption.
@@ -36,6 +39,7 @@ def table_region(caption: Caption, view: PageView, column: tuple[float, float], 
         # Columns parted by vertical lines, with no rule above the header row or below the last one.
         ruled = union([ruled, *joined_verticals(ruled, view, (top, bottom))])
         ruled = with_last_row(with_heads(ruled, top, view), bottom, view)
+        ruled = ruled if up else with_rows(ruled, bottom, view)
         held = [line.box for line in view.lines if in_band(line.box, ruled)]
         # A rule may lie so close to the caption that it touches its letters.
         top, bottom = (top, max(bottom, ruled[3] + 0.5)) if up else (min(top, ruled[1] - 0.5), bottom)
@@ -93,6 +97,34 @@ def with_last_row(ruled: Box, bottom: float, view: PageView) -> Box:
     if len(inside) < 2 or len(inside) < len(row):
         return ruled
     return (ruled[0], ruled[1], ruled[2], max(line.y1 for line in inside))
+
+
+def with_rows(ruled: Box, bottom: float, view: PageView) -> Box:
+    """With the rows below the only rules that a table has, those of its head: it goes on over the page or ends without a rule."""
+    size = view.style.body_size
+    if ruled[3] - ruled[1] > HEAD * size:
+        return ruled
+    walls = [box[1] for box in [*(caption.box for caption in view.captions), *view.rules] if box[1] > ruled[3] + 1]
+    limit = min([bottom, *walls])
+    below = sorted((line for line in view.lines if ruled[3] - 2 < line.y0 and line.middle < limit), key=lambda line: line.y0)
+    rows: list[list[Line]] = []
+    for line in below:
+        if rows and line.y0 < max(other.y1 for other in rows[-1]) - 0.3 * line.size:
+            rows[-1].append(line)
+        else:
+            rows.append([line])
+    edge = end = ruled[3]
+    cells = 0
+    for row in rows:
+        x0, top, x1, y1 = union([line.box for line in row])
+        if top - edge > 1.2 * size or not between((x0, top, x1, y1), ruled):
+            break
+        edge = y1
+        spans = sorted((line.x0, line.x1) for line in row)
+        # A row of one cell counts when another row follows: notes stand below the last one.
+        if any(after[0] - before[1] > size for before, after in pairwise(spans)):
+            end, cells = y1, cells + 1
+    return (ruled[0], ruled[1], ruled[2], end) if cells > 1 else ruled
 
 
 def joined_verticals(ruled: Box, view: PageView, limits: tuple[float, float]) -> list[Box]:

@@ -148,6 +148,13 @@ def test_the_last_row_of_a_table_with_a_rule_above_each_row(tmp_path):
     assert only(tmp_path, page, "table")["box"] == pytest.approx([160, 842 - 700, 410, 842 - 597], abs=6)
 
 
+def test_rows_below_the_rules_of_a_head_that_are_all_a_table_has(tmp_path):
+    head = rule(160, 700, 250) + cells(165, 688, 1) + rule(160, 684, 250)
+    rows = cells(165, 672, 6) + text(165, 588, "a lone cell") + cells(165, 574, 1) + text(300, 556, "continued overleaf", size=8)
+    page = paragraph(72, 780, BODY) + text(180, 712, "Table 1: Some cells.") + head + rows + paragraph(72, 520, BODY)
+    assert only(tmp_path, page, "table")["box"] == pytest.approx([160, 842 - 700, 410, 842 - 572], abs=6)
+
+
 def test_white_parts_two_tables_of_one_width(tmp_path):
     def table(y: float) -> str:
         return rule(160, y, 250) + cells(165, y - 14, 5) + rule(160, y - 80, 250)
