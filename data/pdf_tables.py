@@ -124,7 +124,11 @@ def with_rows(ruled: Box, bottom: float, view: PageView) -> Box:
         # A row of one cell counts when another row follows: notes stand below the last one.
         if any(after[0] - before[1] > size for before, after in pairwise(spans)):
             end, cells = y1, cells + 1
-    return (ruled[0], ruled[1], ruled[2], end) if cells > 1 else ruled
+    heads = [line for line in view.lines if in_band(line.box, ruled)]
+    under = [line for line in view.lines if ruled[3] < line.middle < end and between(line.box, ruled)]
+    # The last row of a page may be the only one: its cells stand under those of the head.
+    aligned = all(any(line.x0 < head.x1 and head.x0 < line.x1 for head in heads) for line in under)
+    return (ruled[0], ruled[1], ruled[2], end) if cells > 1 or (cells and aligned and len(heads) > 1) else ruled
 
 
 def joined_verticals(ruled: Box, view: PageView, limits: tuple[float, float]) -> list[Box]:

@@ -155,6 +155,18 @@ def test_rows_below_the_rules_of_a_head_that_are_all_a_table_has(tmp_path):
     assert only(tmp_path, page, "table")["box"] == pytest.approx([160, 842 - 700, 410, 842 - 572], abs=6)
 
 
+def test_the_only_row_of_a_table_before_the_end_of_the_page(tmp_path):
+    head = rule(160, 98, 250) + cells(165, 86, 1) + rule(160, 82, 250)
+    page = paragraph(72, 780, BODY * 15) + text(180, 110, "Table 1: Some cells.") + head + cells(165, 70, 1)
+    assert only(tmp_path, page, "table")["box"] == pytest.approx([160, 842 - 98, 410, 842 - 68], abs=6)
+
+
+def test_a_title_in_the_margin_of_a_plot(tmp_path):
+    title = text(240, 718, "Residuals of the model", HELVETICA, 10)
+    page = paragraph(72, 780, BODY) + title + plot(150, 540, 300, 140) + text(180, 516, "Figure 1: A zigzag.")
+    assert only(tmp_path, page + paragraph(72, 480, BODY))["box"][1] == pytest.approx(842 - 726, abs=6)
+
+
 def test_white_parts_two_tables_of_one_width(tmp_path):
     def table(y: float) -> str:
         return rule(160, y, 250) + cells(165, y - 14, 5) + rule(160, y - 80, 250)
