@@ -19,12 +19,14 @@ from moexpand.data.pdf_bands import (
 )
 from moexpand.data.pdf_captions import Caption, union
 from moexpand.data.pdf_labels import CAPTION
-from moexpand.data.pdf_shapes import RULE, overlap
+from moexpand.data.pdf_shapes import RULE, inside, overlap
 from moexpand.data.pdf_text import Box, Line
 from moexpand.data.pdf_view import PageView
 
 HEAD = 4.5
 """Font sizes that the head of a table is high at most."""
+LEAST_PICTURE = 24.0
+"""Points that a picture in a cell is high at least."""
 
 
 def table_region(caption: Caption, view: PageView, column: tuple[float, float], up: bool) -> Region | None:
@@ -154,7 +156,7 @@ def ruled_stretch(caption: Caption, view: PageView, band: Box, up: bool) -> Box 
     """The stretch between the outermost rules of a table; rows may look like body text, so the rules decide, not the band."""
     rules = [rule for rule in view.rules if band[0] - 2 <= (rule[0] + rule[2]) / 2 <= band[2] + 2]
     apart = crosses_gutter(np.array(rules).reshape(-1, 4), (band[0], band[2]), view)
-    rules = [rule for rule, other in zip(rules, apart.tolist(), strict=True) if not other]
+    rules = [rule for rule, other in zip(rules, apart.tolist(), strict=True) if not other and not _is_of_drawing(rule, view)]
     first, last = caption.box[1] + 0.5 * caption.lines[0].size, caption.box[3] - 0.5 * caption.lines[0].size
     rules = [rule for rule in rules if (rule[3] < first if up else rule[1] > last)]
     rules.sort(key=lambda rule: -rule[3] if up else rule[1])
@@ -190,3 +192,11 @@ def ruled_stretch(caption: Caption, view: PageView, band: Box, up: bool) -> Box 
             break
     region = union(chosen)
     return region if region[3] - region[1] > 10 else None
+
+
+def _is_of_drawing(rule: Box, view: PageView) -> bool:
+    """Part of a picture in a cell: rows of another cell stand beside the picture, and are wider than the rule."""
+    around = [box for box in view.clusters if inside(rule, box, 2.0) and box[3] - box[1] > LEAST_PICTURE]
+    around = [box for box in around if box[2] - box[0] < 2 * (rule[2] - rule[0])]
+    wide = [line for line in view.lines if line.width > rule[2] - rule[0]]
+    return any(box[1] < line.middle < box[3] and (line.x1 < box[0] or line.x0 > box[2]) for box in around for line in wide)
