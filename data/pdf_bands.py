@@ -17,6 +17,9 @@ MARGIN_LABEL = 20.0
 FIRST_GAP = 4.0
 """Font sizes between a caption and the rows that belong to it, at most."""
 
+TITLE = 48.0
+"""Points of white between a plot and its title, at most."""
+
 
 @dataclass(frozen=True)
 class Region:
@@ -100,6 +103,14 @@ def _reach(line: Line, families: set[str], view: PageView) -> float:
     return 12.0 if families else 20.0
 
 
+def _is_title(line: Line, hull: Box, families: set[str], view: PageView) -> bool:
+    """In the font of the drawing's labels, no font of the text, centred above it: plots have their titles in wide margins."""
+    texts = {_family(font) for font in view.style.body_fonts}
+    if _family(line.font) not in families - texts or not 0 < hull[1] - line.y1 < TITLE:
+        return False
+    return abs((line.x0 + line.x1) - (hull[0] + hull[2])) < 0.1 * (hull[2] - hull[0]) and line.width < hull[2] - hull[0]
+
+
 def _family(font: str) -> str:
     """Name of a font without its weight and slant."""
     return font.split("-")[0].split(",")[0]
@@ -108,6 +119,8 @@ def _family(font: str) -> str:
 def _is_near(line: Line, hull: Box, families: set[str], view: PageView) -> bool:
     """In or close to a drawing. Above or below it, a line from the text's margin on is no label of a narrower drawing."""
     reach = _reach(line, families, view)
+    if _is_title(line, hull, families, view):
+        return True
     if line.y1 <= hull[1] - reach or line.y0 >= hull[3] + reach:
         return False
     if hull[1] < line.middle < hull[3] or _family(line.font) in families:

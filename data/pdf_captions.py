@@ -13,7 +13,7 @@ from moexpand.data.pdf_text import Box, Line, is_prose
 
 ENTRY = re.compile(r"(?:\.\s?){4,}\s*\d+$")
 """How a line of a list of figures ends."""
-CONTINUED = re.compile(r"\(?\b(?:continued|cont\.|cont'd)", re.I)
+CONTINUED = re.compile(r"\(?\b(?:continued|cont\.|cont['\u2019]?d)", re.I)
 SENTENCE_END = re.compile(r"[.!?][)\]\"'\u201d\u2019]?$")
 LEAST_SERIES = 3
 """Captions in a second style that make it one of the document's."""
@@ -72,10 +72,15 @@ def find_captions(pages: list[Page], columns: dict[int, float | None], style: St
             continue
         usual = _usual_marks(marks)
         taken: set[tuple[str, str, str]] = set()
+        pages_of: dict[str, int] = {}
         for candidate in own:
             line = candidate.page.lines[candidate.place]
             # Each part of a figure or table that goes on has a caption of its own.
-            part = str(candidate.page.number) if CONTINUED.search(_row_text(candidate.page, line)) else ""
+            row = _row_text(candidate.page, line)
+            # Such a caption says so, or is that of the page before once more.
+            repeated = ALONE.match(row) is None and pages_of.get(row) == candidate.page.number - 1
+            part = str(candidate.page.number) if repeated or CONTINUED.search(row) else ""
+            pages_of[row] = candidate.page.number
             key = (label_of(line.text)[0], candidate.number, part)
             mark = candidate.style[0]
             if mark in usual and key not in taken:

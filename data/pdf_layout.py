@@ -120,6 +120,8 @@ def strip_running_heads(pages: list[Page]) -> None:
         # Tables at the top of a few pages may have the same header row below the running head.
         least = 3 if _outermost(line, page) else often
         again = sum(repeats[pattern, y] for y in near)
+        if again < often and _begins_block(line, page):
+            return False
         if again < 0.7 * len(pages) and not sum(plain[pattern, y] for y in near):
             # The title of plots that begin several pages.
             return False
@@ -183,6 +185,16 @@ def _outermost(line: Line, page: Page) -> bool:
     top = line.middle < page.height / 2
     others = [other for other in page.lines if abs(other.middle - line.middle) > 0.6 * line.size and not other.turn]
     return all(other.middle > line.middle if top else other.middle < line.middle for other in others)
+
+
+def _begins_block(line: Line, page: Page) -> bool:
+    """Lines in its font and size follow from the same left edge at one pitch: code that begins like that of other pages."""
+    same = sorted(
+        other.y0
+        for other in page.lines
+        if other.font == line.font and abs(other.size - line.size) < 0.3 and abs(other.x0 - line.x0) < 1 and other.y0 > line.y0
+    )
+    return len(same) > 1 and same[0] - line.y0 < 1.4 * line.size and abs((same[1] - same[0]) - (same[0] - line.y0)) < 0.5
 
 
 def _stands_apart(line: Line, page: Page, pitch: float) -> bool:

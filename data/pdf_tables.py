@@ -19,9 +19,14 @@ from moexpand.data.pdf_bands import (
 )
 from moexpand.data.pdf_captions import Caption, union
 from moexpand.data.pdf_labels import CAPTION
-from moexpand.data.pdf_shapes import RULE, overlap
+from moexpand.data.pdf_shapes import RULE, inside, overlap
 from moexpand.data.pdf_text import Box, Line
 from moexpand.data.pdf_view import PageView
+
+HEAD = 4.5
+"""Font sizes that the head of a table is high at most."""
+LEAST_PICTURE = 24.0
+"""Points that a picture in a cell is high at least."""
 
 
 def table_region(caption: Caption, view: PageView, column: tuple[float, float], up: bool) -> Region | None:
@@ -36,6 +41,7 @@ def table_region(caption: Caption, view: PageView, column: tuple[float, float], 
         # Columns parted by vertical lines, with no rule above the header row or below the last one.
         ruled = union([ruled, *joined_verticals(ruled, view, (top, bottom))])
         ruled = with_last_row(with_heads(ruled, top, view), bottom, view)
+        ruled = ruled if up else with_rows(ruled, bottom, view)
         held = [line.box for line in view.lines if in_band(line.box, ruled)]
         # A rule may lie so close to the caption that it touches its letters.
         top, bottom = (top, max(bottom, ruled[3] + 0.5)) if up else (min(top, ruled[1] - 0.5), bottom)
@@ -95,6 +101,38 @@ def with_last_row(ruled: Box, bottom: float, view: PageView) -> Box:
     return (ruled[0], ruled[1], ruled[2], max(line.y1 for line in inside))
 
 
+def with_rows(ruled: Box, bottom: float, view: PageView) -> Box:
+    """With the rows below the only rules that a table has, those of its head: it goes on over the page or ends without a rule."""
+    size = view.style.body_size
+    if ruled[3] - ruled[1] > HEAD * size:
+        return ruled
+    walls = [box[1] for box in [*(caption.box for caption in view.captions), *view.rules] if box[1] > ruled[3] + 1]
+    limit = min([bottom, *walls])
+    below = sorted((line for line in view.lines if ruled[3] - 2 < line.y0 and line.middle < limit), key=lambda line: line.y0)
+    rows: list[list[Line]] = []
+    for line in below:
+        if rows and line.y0 < max(other.y1 for other in rows[-1]) - 0.3 * line.size:
+            rows[-1].append(line)
+        else:
+            rows.append([line])
+    edge = end = ruled[3]
+    cells = 0
+    for row in rows:
+        x0, top, x1, y1 = union([line.box for line in row])
+        if top - edge > 1.2 * size or not between((x0, top, x1, y1), ruled):
+            break
+        edge = y1
+        spans = sorted((line.x0, line.x1) for line in row)
+        # A row of one cell counts when another row follows: notes stand below the last one.
+        if any(after[0] - before[1] > size for before, after in pairwise(spans)):
+            end, cells = y1, cells + 1
+    heads = [line for line in view.lines if in_band(line.box, ruled)]
+    under = [line for line in view.lines if ruled[3] < line.middle < end and between(line.box, ruled)]
+    # The last row of a page may be the only one: its cells stand under those of the head.
+    aligned = all(any(line.x0 < head.x1 and head.x0 < line.x1 for head in heads) for line in under)
+    return (ruled[0], ruled[1], ruled[2], end) if cells > 1 or (cells and aligned and len(heads) > 1) else ruled
+
+
 def joined_verticals(ruled: Box, view: PageView, limits: tuple[float, float]) -> list[Box]:
     """Vertical lines that are joined to a ruled stretch, piece by piece."""
     boxes = view.boxes
@@ -118,7 +156,7 @@ def ruled_stretch(caption: Caption, view: PageView, band: Box, up: bool) -> Box 
     """The stretch between the outermost rules of a table; rows may look like body text, so the rules decide, not the band."""
     rules = [rule for rule in view.rules if band[0] - 2 <= (rule[0] + rule[2]) / 2 <= band[2] + 2]
     apart = crosses_gutter(np.array(rules).reshape(-1, 4), (band[0], band[2]), view)
-    rules = [rule for rule, other in zip(rules, apart.tolist(), strict=True) if not other]
+    rules = [rule for rule, other in zip(rules, apart.tolist(), strict=True) if not other and not _is_of_drawing(rule, view)]
     first, last = caption.box[1] + 0.5 * caption.lines[0].size, caption.box[3] - 0.5 * caption.lines[0].size
     rules = [rule for rule in rules if (rule[3] < first if up else rule[1] > last)]
     rules.sort(key=lambda rule: -rule[3] if up else rule[1])
@@ -154,3 +192,11 @@ def ruled_stretch(caption: Caption, view: PageView, band: Box, up: bool) -> Box 
             break
     region = union(chosen)
     return region if region[3] - region[1] > 10 else None
+
+
+def _is_of_drawing(rule: Box, view: PageView) -> bool:
+    """Part of a picture in a cell: rows of another cell stand beside the picture, and are wider than the rule."""
+    around = [box for box in view.clusters if inside(rule, box, 2.0) and box[3] - box[1] > LEAST_PICTURE]
+    around = [box for box in around if box[2] - box[0] < 2 * (rule[2] - rule[0])]
+    wide = [line for line in view.lines if line.width > rule[2] - rule[0]]
+    return any(box[1] < line.middle < box[3] and (line.x1 < box[0] or line.x0 > box[2]) for box in around for line in wide)

@@ -148,6 +148,46 @@ def test_the_last_row_of_a_table_with_a_rule_above_each_row(tmp_path):
     assert only(tmp_path, page, "table")["box"] == pytest.approx([160, 842 - 700, 410, 842 - 597], abs=6)
 
 
+def test_rows_below_the_rules_of_a_head_that_are_all_a_table_has(tmp_path):
+    head = rule(160, 700, 250) + cells(165, 688, 1) + rule(160, 684, 250)
+    rows = cells(165, 672, 6) + text(165, 588, "a lone cell") + cells(165, 574, 1) + text(300, 556, "continued overleaf", size=8)
+    page = paragraph(72, 780, BODY) + text(180, 712, "Table 1: Some cells.") + head + rows + paragraph(72, 520, BODY)
+    assert only(tmp_path, page, "table")["box"] == pytest.approx([160, 842 - 700, 410, 842 - 572], abs=6)
+
+
+def test_the_only_row_of_a_table_before_the_end_of_the_page(tmp_path):
+    head = rule(160, 98, 250) + cells(165, 86, 1) + rule(160, 82, 250)
+    page = paragraph(72, 780, BODY * 15) + text(180, 110, "Table 1: Some cells.") + head + cells(165, 70, 1)
+    assert only(tmp_path, page, "table")["box"] == pytest.approx([160, 842 - 98, 410, 842 - 68], abs=6)
+
+
+def test_a_title_in_the_margin_of_a_plot(tmp_path):
+    title = text(240, 718, "Residuals of the model", HELVETICA, 10)
+    page = paragraph(72, 780, BODY) + title + plot(150, 540, 300, 140) + text(180, 516, "Figure 1: A zigzag.")
+    assert only(tmp_path, page + paragraph(72, 480, BODY))["box"][1] == pytest.approx(842 - 726, abs=6)
+
+
+def test_lines_of_pictures_in_cells_are_no_rules_of_the_table(tmp_path):
+    def row(y: float) -> str:
+        code = "".join(text(250, y + 30 - 11 * i, f"line {i} of the code that draws it", COURIER, 9) for i in range(4))
+        return f"0.5 w 180 {y} m 205 {y + 40} l 230 {y} l S\n" + rule(180, y + 36, 50) + rule(180, y + 18, 50) + code
+
+    page = paragraph(72, 780, BODY) + text(180, 724, "Table 1: Pictures and code.") + row(672) + row(614)
+    found = only(tmp_path, page + paragraph(72, 540, BODY), "table")
+    assert found["box"] == pytest.approx([180, 842 - 712, 424, 842 - 610], abs=6)
+
+
+def test_the_first_line_of_code_at_the_top_of_a_few_pages_is_no_running_head(tmp_path):
+    def page(number: int) -> str:
+        lines = ["set width 20", f"draw {['line', 'box', 'arc', 'oval'][number]}", "close", "print"]
+        code = "".join(text(84, 780 - 11 * i, line, COURIER, 9) for i, line in enumerate(lines))
+        return code + text(84, 724, f"Figure {number}: How it is drawn.") + paragraph(72, 690, BODY * 12)
+
+    pages = [page(i) for i in range(4)] + [paragraph(72, 780, BODY * 15) for _ in range(12)]
+    records, _ = extract(write_pdf(tmp_path / "a.pdf", pages), tmp_path / "out")
+    assert [figure["inner_text"].split()[0] for figure in of_kind(records, "figure")] == ["set"] * 4
+
+
 def test_white_parts_two_tables_of_one_width(tmp_path):
     def table(y: float) -> str:
         return rule(160, y, 250) + cells(165, y - 14, 5) + rule(160, y - 80, 250)

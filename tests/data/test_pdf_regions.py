@@ -257,6 +257,26 @@ def test_every_part_of_a_table_that_goes_on_is_taken(tmp_path):
     assert [(table["number"], table["page"]) for table in of_kind(records, "table")] == [("1", 1), ("1", 2)]
 
 
+def test_a_part_of_a_table_may_be_marked_by_a_short_word(tmp_path):
+    def part(title: str) -> str:
+        rows = "".join(text(160, 585 - 12 * i, f"row {i}     {i * i}") for i in range(5))
+        return text(150, 620, title) + rule(150, 600, 200) + rule(150, 530, 200) + rows + paragraph(72, 480, BODY * 5)
+
+    # "~" stands for a typographer's apostrophe.
+    pages = [part("Table 1: Squares of small numbers."), part("Table 1: Squares (cont~d)").replace("/F1 10", "/F4 10", 1)]
+    pdf = write_pdf(tmp_path / "a.pdf", pages, unicode_map={"~": 0x2019})
+    records, _ = extract(pdf, tmp_path / "out")
+    assert [(table["number"], table["page"]) for table in of_kind(records, "table")] == [("1", 1), ("1", 2)]
+
+
+def test_a_caption_that_comes_back_on_the_next_page_is_that_of_a_part(tmp_path):
+    table = rule(150, 600, 200) + "".join(text(160, 585 - 12 * i, f"row {i}     {i * i}") for i in range(5)) + rule(150, 530, 200)
+    part = text(150, 620, "Table 1: Squares of small numbers.") + table + paragraph(72, 480, BODY * 5)
+    pages = [part, part, paragraph(72, 780, BODY * 15), part]
+    records, _ = extract(write_pdf(tmp_path / "a.pdf", pages), tmp_path / "out")
+    assert [table["page"] for table in of_kind(records, "table")] == [1, 2]
+
+
 def test_the_list_of_figures_holds_no_captions(tmp_path):
     entry = text(72, 700, "Figure 1: A zigzag . . . . . . . . . . . . . . . . . . . . . . . . . . . . . 2")
     page = paragraph(72, 760, BODY) + plot(150, 460, 300, 150) + text(180, 436, "Figure 1: A zigzag.") + paragraph(72, 400, BODY)
