@@ -88,26 +88,30 @@ class _Packs:
         per_token = sum(self._vision[chunk] for chunk in pictures) / sum(self._lengths[chunk] for chunk in pictures)
         texts = self._texts[heavy][:OWN_TEXTS]
         along = [chosen for size in range(len(texts) + 1) for chosen in combinations(texts, size)]
-        most = float(self.load[heavy]) - WORTH * (float(self.load[heavy]) - level)
+        with_lengths = [(chosen, sum(self._lengths[chunk] for chunk in chosen)) for chosen in along]
+        load = float(self.load[heavy])
+        most = load - WORTH * (load - level)
 
         best: Exchange | None = None
-        tries = min(round(TRIES * (float(self.load[heavy]) / level) ** 2), MOST_TRIES)
-        for tried, light in enumerate(self._in_turn(tries)):
-            wanted = float(self.load[heavy] - self.load[light]) / 2
-            if light != heavy and wanted > 0:
-                aim = round(wanted / per_token)
-                fitting = self._fitting(heavy, light)
-                for chosen in along:
-                    moved = _nearest(sums & (fitting >> sum(self._lengths[chunk] for chunk in chosen)), aim)
-                    # As far as tokens of pictures go with lengths; the choice itself is looked at where this is promising.
-                    fuller = float(self.load[heavy]) - wanted + abs(moved - aim) * per_token
-                    if moved and fuller < most:
-                        going = self._choice(pictures, moved)
-                        seen = sum(self._vision[chunk] for chunk in going)
-                        fuller = float(max(self.load[heavy] - seen, self.load[light] + seen))
-                        if fuller < most:
-                            best, most = Exchange(heavy, light, going, chosen), fuller
-            if best is not None and (tried >= TRIES or most <= float(self.load[heavy]) - (1 - NEAR) * wanted):
+        for tried, light in enumerate(self._in_turn(min(round(TRIES * (load / level) ** 2), MOST_TRIES))):
+            if best is not None and tried > TRIES:
+                break
+            wanted = (load - float(self.load[light])) / 2
+            if light == heavy or wanted <= 0:
+                continue
+            aim = round(wanted / per_token)
+            fitting = self._fitting(heavy, light)
+            for chosen, length in with_lengths:
+                moved = _nearest(sums & (fitting >> length), aim)
+                # As far as tokens of pictures go with lengths; the choice itself is looked at where this is promising.
+                if not moved or load - wanted + abs(moved - aim) * per_token >= most:
+                    continue
+                going = self._choice(pictures, moved)
+                seen = sum(self._vision[chunk] for chunk in going)
+                fuller = float(max(load - seen, self.load[light] + seen))
+                if fuller < most:
+                    best, most = Exchange(heavy, light, going, chosen), fuller
+            if best is not None and most <= load - (1 - NEAR) * wanted:
                 break
         if best is None:
             return None

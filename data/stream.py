@@ -213,6 +213,6 @@ class Stream:
         return SampleOrder(len(self.train), self._seed)
 
     def _sequence(self, samples: np.ndarray, order: Order, seed: int) -> PackSequence:
-        local = "://" not in self.corpus.place and os.access(self.corpus.place, os.W_OK)
-        folder = Path(self.corpus.place) / PLANS_FOLDER if local else self._reading.cache or self._reading.plans
+        written = "://" not in self.corpus.place and os.access(self.corpus.place, os.W_OK)
+        folder = Path(self.corpus.place) / PLANS_FOLDER if written else self._reading.cache or self._reading.plans
         return PackSequence(self.lengths[samples], order, self._seq_length, seed, folder, vision=self.vision[samples])

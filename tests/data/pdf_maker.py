@@ -152,3 +152,13 @@ def write_pdf(
     out += f"trailer << /Size {len(objects) + 1} /Root 1 0 R{extra} >>\nstartxref\n{table}\n%%EOF\n".encode()
     path.write_bytes(out)
     return path
+
+
+def column(x: float, top: float, count: int) -> str:
+    """A column of `count` lines of running text, the first one at `top`."""
+    words = [
+        "This is running text in one of the two columns,",
+        "which has lines of about one width and a pitch",
+        "that does not change from the first to the last",
+    ]
+    return "".join(text(x, top - 12 * i, words[i % 3]) for i in range(count))

@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from tests.data.pdf_maker import COURIER, HELVETICA, Form, paragraph, place, plot, rule, text, write_pdf
+from tests.data.pdf_maker import COURIER, HELVETICA, Form, column, paragraph, place, plot, rule, text, write_pdf
 from tests.data.pdf_reading import BODY, extract, of_kind, texts_of
 
 
@@ -143,15 +143,6 @@ def test_figures_side_by_side_are_told_apart(tmp_path):
     assert (left["caption"], right["caption"]) == ("Figure 1: The left of the two.", "Figure 2: The right of the two.")
     assert left["box"] == pytest.approx([80, 172, 280, 322], abs=6)
     assert right["box"] == pytest.approx([320, 172, 520, 322], abs=6)
-
-
-def column(x: float, top: float, count: int) -> str:
-    words = [
-        "This is running text in one of the two columns,",
-        "which has lines of about one width and a pitch",
-        "that does not change from the first to the last",
-    ]
-    return "".join(text(x, top - 12 * i, words[i % 3]) for i in range(count))
 
 
 def test_figures_in_columns_and_across_them(tmp_path):

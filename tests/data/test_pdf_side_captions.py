@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.data.pdf_maker import HELVETICA, paragraph, plot, rule, text, write_pdf
+from tests.data.pdf_maker import HELVETICA, column, paragraph, plot, rule, text, write_pdf
 from tests.data.pdf_reading import BODY, extract, of_kind
 
 NARROW = [
@@ -103,15 +103,6 @@ def test_captions_side_by_side_that_begin_at_different_heights(tmp_path):
     assert left["caption"] == "Table 1: The first caption is of two lines."
     assert left["box"] == pytest.approx([72, 842 - 678, 252, 842 - 598], abs=6)
     assert right["box"] == pytest.approx([310, 842 - 678, 490, 842 - 598], abs=6)
-
-
-def column(x: float, top: float, count: int) -> str:
-    words = [
-        "This is running text in one of the two columns,",
-        "which has lines of about one width and a pitch",
-        "that does not change from the first to the last",
-    ]
-    return "".join(text(x, top - 12 * i, words[i % 3]) for i in range(count))
 
 
 def two_columns(tmp_path, page: str, kind: str = "figure"):
