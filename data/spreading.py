@@ -94,8 +94,6 @@ class _Packs:
 
         best: Exchange | None = None
         for tried, light in enumerate(self._in_turn(min(round(TRIES * (load / level) ** 2), MOST_TRIES))):
-            if best is not None and tried > TRIES:
-                break
             wanted = (load - float(self.load[light])) / 2
             if light == heavy or wanted <= 0:
                 continue
@@ -111,7 +109,7 @@ class _Packs:
                 fuller = float(max(load - seen, self.load[light] + seen))
                 if fuller < most:
                     best, most = Exchange(heavy, light, going, chosen), fuller
-            if best is not None and most <= load - (1 - NEAR) * wanted:
+            if best is not None and (tried >= TRIES or most <= load - (1 - NEAR) * wanted):
                 break
         if best is None:
             return None
