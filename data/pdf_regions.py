@@ -166,7 +166,7 @@ def _figure_region(caption: Caption, view: PageView, column: tuple[float, float]
         whole = to_caption(hull, band, view, up)
         box = off_caption(clip(whole, band), whole, caption, up)
         return Region(box, 1.0, gap_of(box, caption, up))
-    return _listing_region(caption, view, column, up)
+    return framed if framed is not None else _listing_region(caption, view, column, up)
 
 
 def _drawing(drawn: Boxes, band: Box, view: PageView) -> Box:
@@ -188,10 +188,7 @@ def _drawing(drawn: Boxes, band: Box, view: PageView) -> Box:
 
 
 def _listing_region(caption: Caption, view: PageView, column: tuple[float, float], up: bool) -> Region | None:
-    """A frame, rules or nothing around lines that are set as a block next to the caption."""
-    framed = _framed_region(caption, view, column, up)
-    if framed is not None:
-        return framed
+    """Rules or nothing around lines that are set as a block next to the caption."""
     band = band_of(caption, view, column, up, listings=False)
     lines = [line for line in view.lines if in_band(line.box, band) and not line.turn]
     ruled = ruled_stretch(caption, view, band, up)

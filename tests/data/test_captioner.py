@@ -112,12 +112,13 @@ def test_equal_requests_of_a_run_are_sent_once(tmp_path, image):
 
 
 CLIENT = """
-import sys
+import signal, sys
 from pathlib import Path
 from moexpand.data.captioner import CaptionJob, CaptionerSettings, caption_all
 from moexpand.data.endpoint import Route
 
 url, cache, count = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
 jobs = [CaptionJob(f"job-{n}", "figure", None, f"Job number {n}.", (), "scientific") for n in range(count)]
 options = CaptionerSettings(routes=(Route("scientific", url, "tester"),), concurrency=8)
 for answer in caption_all(jobs, options, cache, None, lambda line: None):
