@@ -18,6 +18,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.attention.bias import causal_lower_right
 
 from moexpand.parallel import context
+from moexpand.parallel.batch import Stream
+from moexpand.parallel.segments import by_length
 
 
 class PackedAttention(torch.nn.Module):
@@ -37,21 +39,24 @@ class PackedAttention(torch.nn.Module):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:
-        """Attend causally inside every segment.
+        """Turn queries and keys by their positions and attend causally inside every segment.
 
         Args:
             query: [t, 1, N, D].
             key, value: [t, 1, M, D], M a divisor of N.
             attention_mask, attn_mask_type, attention_bias: part of Megatron-Core's signature; the segments alone decide.
-            packed_seq_params: `cu_seqlens_q` holds the segments' boundaries in the whole stream, int32 [segments + 1] on the CPU.
+            packed_seq_params: a `Stream`, whose `cu_seqlens_q` holds the segments' boundaries in the whole stream, int32
+                [segments + 1] on the CPU.
 
         Returns:
             [t, 1, N * D].
         """
-        assert packed_seq_params is not None
+        assert isinstance(packed_seq_params, Stream)
+        assert packed_seq_params.rotary is not None
         tokens, _, heads, width = query.shape
         bounds = packed_seq_params.cu_seqlens_q.tolist()
-        query_tND, key_tMD, value_tMD = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        query_tND, key_tMD = (packed_seq_params.rotary.turn(each.squeeze(1)) for each in (query, key))
+        value_tMD = value.squeeze(1)
         size = context.group().size()
         if size == 1:
             output = self._segments(query_tND, key_tMD, value_tMD, list(pairwise(bounds)))
@@ -88,21 +93,7 @@ class PackedAttention(torch.nn.Module):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: list[tuple[int, int]]
     ) -> torch.Tensor:
         """Whole segments, which fill the stream: [t, heads, D] -> [t, N, D]."""
-        by_length: dict[int, list[int]] = {}
-        for start, stop in segments:
-            if stop > start:
-                by_length.setdefault(stop - start, []).append(start)
-        if len(by_length) == 1:
-            return self._attend(query, key, value, next(iter(by_length)))
-        rows_of, outputs = [], []
-        for length, starts in sorted(by_length.items()):
-            first = torch.tensor(starts, device=query.device)
-            rows = (first[:, None] + torch.arange(length, device=query.device)).flatten()
-            rows_of.append(rows)
-            query_RND, key_RMD, value_RMD = (each.index_select(0, rows) for each in (query, key, value))
-            outputs.append(self._attend(query_RND, key_RMD, value_RMD, length))
-        back = torch.cat(rows_of).argsort()
-        return torch.cat(outputs).index_select(0, back)
+        return by_length(segments, self._attend, query, key, value)
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, length: int) -> torch.Tensor:
         """Segments of one length, one behind the other: [B*S, heads, D] -> [B*S, N, D]."""

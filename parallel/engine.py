@@ -19,6 +19,7 @@ from moexpand.base.errors import InputError
 from moexpand.base.routes import check_routes
 from moexpand.parallel import context, cpu, optimizer, phases, weights
 from moexpand.parallel.batch import PackedBatch
+from moexpand.parallel.head import gather_vocabulary
 from moexpand.parallel.model import build_stages
 from moexpand.parallel.moe import GroupedMoELayer
 from moexpand.parallel.optimizer import AdamSettings
@@ -177,7 +178,8 @@ class Engine:
                     collect_non_loss_data=True,
                 )
             if self.ranks.last_stage:
-                outputs.append(context.gather(_gather_columns(stored[0].flatten(0, 1))))
+                whole = gather_vocabulary(stored[0].flatten(0, 1), parallel_state.get_tensor_model_parallel_group())
+                outputs.append(context.gather(whole))
             if table is not None and record:
                 recorded += self._collect(table, [batch])
         return outputs, recorded if record else None
@@ -300,18 +302,17 @@ class Engine:
 
     def _forward(self, micro: "_Micro", model: Any, with_loss: bool = False) -> torch.Tensor:
         batch, stage = micro.batch, getattr(model, "module", model)
-        stage.rotary_pos_emb.positions = batch.positions
         tags = micro.tags[None]
         if self.layout.tensor > 1 and not stage.pre_process:
             # Megatron-Core splits them over the tensor-parallel ranks on the first stage alone.
             tags = tags.chunk(self.layout.tensor, dim=1)[self.ranks.tensor_rank]
         output: torch.Tensor = model(
             input_ids=batch.tokens[None],
-            position_ids=batch.positions[None],
+            position_ids=None,
             attention_mask=None,
             labels=batch.labels[None] if with_loss else None,
             loss_mask=batch.loss_mask[None] if with_loss else None,
-            packed_seq_params=batch.packed_seq_params(),
+            packed_seq_params=batch.stream(),
             padding_mask=tags,
         )
         return output
@@ -379,12 +380,3 @@ class _Micro:
 def _report(tokens: torch.Tensor, loss_sum: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
     """Loss sum, number of tokens, and both again to be reported."""
     return loss_sum, tokens.int(), (loss_sum.detach(), tokens)
-
-
-def _gather_columns(local_TV: torch.Tensor) -> torch.Tensor:
-    group = parallel_state.get_tensor_model_parallel_group()
-    if group.size() == 1:
-        return local_TV
-    pieces = [torch.empty_like(local_TV) for _ in range(group.size())]
-    dist.all_gather(pieces, local_TV.contiguous(), group=group)
-    return torch.cat(pieces, dim=-1)

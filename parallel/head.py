@@ -105,3 +105,12 @@ def head_loss(
         group: tensor-parallel process group; rank r holds the vocabulary's rows r*V ... r*V + V - 1.
     """
     return _HeadLoss.apply(hidden_TH, weight_VH, labels_T, mask_T, group)
+
+
+def gather_vocabulary(logits_TV: torch.Tensor, group: Any) -> torch.Tensor:
+    """Logits over the whole vocabulary from those of all ranks' rows."""
+    if group.size() == 1:
+        return logits_TV
+    pieces = [torch.empty_like(logits_TV) for _ in range(group.size())]
+    dist.all_gather(pieces, logits_TV.contiguous(), group=group)
+    return torch.cat(pieces, dim=-1)

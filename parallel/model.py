@@ -21,12 +21,13 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from moexpand.base.errors import InputError
 from moexpand.parallel import cpu
 from moexpand.parallel.attention import PackedAttention
 from moexpand.parallel.experts import GroupedExperts
+from moexpand.parallel.fusion import FusedLayer
 from moexpand.parallel.moe import GroupedMoELayer
 from moexpand.parallel.norm import RMSNorm
-from moexpand.parallel.rotary import RotaryAngles
 from moexpand.parallel.router import GroupedRouter
 from moexpand.parallel.shape import Layout, ModelShape, RouterRules
 from moexpand.parallel.stage import Head, Stage
@@ -93,7 +94,7 @@ def transformer_config(shape: ModelShape, layout: Layout, dtype: torch.dtype) ->
 def _layer_spec(shape: ModelShape, layout: Layout, rules: RouterRules, groups: ProcessGroupCollection) -> ModuleSpec:
     router = partial(GroupedRouter, shape=shape, rules=rules)
     return ModuleSpec(
-        module=TransformerLayer,
+        module=FusedLayer if shape.vision is not None and shape.vision.deepstack_visual_indexes else TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=ModuleSpec(
@@ -125,8 +126,21 @@ def build_stages(shape: ModelShape, layout: Layout, rules: RouterRules, dtype: t
     The process groups must exist (`ranks.start`). Embedding and head are split over vocabulary rows.
     """
     config = transformer_config(shape, layout, dtype)
+    _check_deepstack(shape, config)
     numbers = range(layout.interleave) if layout.interleave > 1 else [None]
     return [_build_stage(shape, layout, rules, config, number) for number in numbers]
+
+
+def _check_deepstack(shape: ModelShape, config: TransformerConfig) -> None:
+    """DeepStack's features are where the tower is, so the layers that take them must be there as well."""
+    deep = len(shape.vision.deepstack_visual_indexes) if shape.vision is not None else 0
+    interleaved = config.virtual_pipeline_model_parallel_size is not None
+    layers = get_num_layers_to_build(config, vp_stage=0 if interleaved else None, pp_rank=0)
+    if layers < deep:
+        raise InputError(
+            f"DeepStack adds features to the first {deep} layers and the first part of the pipeline has {layers}; lower "
+            "parallel.pipeline or parallel.interleave."
+        )
 
 
 def _build_stage(shape: ModelShape, layout: Layout, rules: RouterRules, config: TransformerConfig, number: int | None) -> Stage:
@@ -142,12 +156,12 @@ def _build_stage(shape: ModelShape, layout: Layout, rules: RouterRules, config: 
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=number),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=number),
         share_embeddings_and_output_weights=shape.tie_word_embeddings,
-        position_embedding_type="rope",
-        rotary_base=int(shape.rope_theta),
+        position_embedding_type="none",  # PackedAttention turns queries and keys
         pg_collection=groups,
         vp_stage=number,
+        shape=shape,
+        recompute=layout.recompute == "full",
     )
-    stage.rotary_pos_emb = RotaryAngles(shape.head_dim, shape.rope_theta, config.params_dtype)
     _mark_split_parameters(stage)
     return stage.to(cpu.device())
 

@@ -8,6 +8,25 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 @dataclass(frozen=True)
+class VisionShape:
+    """A vision tower of Qwen3-VL's kind; the names are those of its Hugging Face config."""
+
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    in_channels: int
+    patch_size: int
+    temporal_patch_size: int
+    spatial_merge_size: int
+    out_hidden_size: int
+    num_position_embeddings: int
+    image_token_id: int
+    deepstack_visual_indexes: tuple[int, ...] = ()
+    """Blocks whose features are added to the outputs of the decoder's first layers, in order of the blocks (DeepStack)."""
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """A Qwen3-MoE decoder; the names are those of its Hugging Face config."""
 
@@ -27,9 +46,19 @@ class ModelShape:
     selection_bias: bool = False
     """The checkpoint has a bias that is added to the scores for the choice alone."""
     rope_theta: float = 1e6
+    mrope_section: tuple[int, ...] = ()
+    """Frequencies of each axis (time, height, width) of interleaved MRoPE; empty where positions have one axis."""
+    fope_frequencies: int = 0
+    """Frequencies that Fourier position embedding keeps and mixes; 0 is plain rotary embedding."""
+    fope_by_head: bool = False
+    """FoPE has a table for each key/value head, not one for all."""
     max_position_embeddings: int = 4096
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
+    prefix: str = "model."
+    """What the names of the decoder's tensors begin with in a checkpoint."""
+    vision: VisionShape | None = None
+    """The tower whose features take the places of `vision.image_token_id`."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,8 @@
-"""A pipeline stage: Megatron-Core's GPTModel whose last part turns hidden states into a loss without keeping logits."""
+"""A pipeline stage: Megatron-Core's GPTModel with positions, pictures and a loss of our own.
+
+Queries and keys are turned by tables that are made once a micro-batch (rotary.py), features of pictures take their tokens' places
+behind the embedding (fusion.py), and the last part turns hidden states into a loss without keeping logits (head.py).
+"""
 
 from typing import Any
 
@@ -6,7 +10,12 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequence_parallel_region
 
+from moexpand.parallel import fusion
+from moexpand.parallel.batch import Stream
 from moexpand.parallel.head import head_loss
+from moexpand.parallel.rotary import Rotary
+from moexpand.parallel.shape import ModelShape
+from moexpand.parallel.vision import VisionTower
 
 
 class Head(ColumnParallelLinear):
@@ -32,11 +41,41 @@ class Head(ColumnParallelLinear):
 class Stage(GPTModel):
     """With labels it returns the sum of the losses of unmasked tokens, without them the logits (both on the last stage)."""
 
-    def __init__(self, *args: Any, **options: Any) -> None:
+    def __init__(self, *args: Any, shape: ModelShape, recompute: bool, **options: Any) -> None:
         super().__init__(*args, **options)
+        self.rotary = Rotary(shape, self.config.params_dtype)
+        self.vision: VisionTower | None = None
+        if self.pre_process and shape.vision is not None:
+            self.vision = VisionTower(shape.vision, self.config.params_dtype, recompute)
+            for parameter in self.vision.parameters():
+                # The tensor-parallel ranks compute different pictures, so that their gradients are added up.
+                parameter.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
         if self.post_process:
             # Megatron-Core builds this layer itself and can be told no other; ours has the same state.
             self.output_layer.__class__ = Head
+
+    def _preprocess(self, *args: Any, packed_seq_params: Any = None, **others: Any) -> Any:
+        stream: Stream = packed_seq_params
+        assert stream.positions is not None
+        stream.rotary = self.rotary(stream.positions)
+        hidden, *rest = super()._preprocess(*args, packed_seq_params=stream, **others)
+        if self.vision is not None:
+            feature_at = stream.feature_at
+            if feature_at is None:  # tokens without a place for a picture
+                feature_at = torch.full((stream.positions.shape[-1],), -1, device=stream.positions.device)
+            if self.config.sequence_parallel:
+                feature_at = feature_at.chunk(self.pg_collection.tp.size())[self.pg_collection.tp.rank()]
+            hidden, stream.deep = fusion.insert(hidden, stream.pictures, feature_at, self.vision)
+        return hidden, *rest
+
+    def sharded_state_dict(self, *args: Any, **options: Any) -> Any:
+        """Megatron-Core's; tables that every stage holds are stored once."""
+        state = super().sharded_state_dict(*args, **options)
+        stage = self.pg_collection.pp.rank() + self.pg_collection.pp.size() * (self.vp_stage or 0)
+        for tensor in state.values():
+            if getattr(tensor, "key", "").startswith("rotary."):
+                tensor.replica_id = (stage, *tensor.replica_id[1:])
+        return state
 
     def _postprocess(
         self,

@@ -63,10 +63,17 @@ def _stage_parts(model: Stage, shape: ModelShape, view: View) -> Iterator[Part]:
     hidden, vocab = shape.hidden_size, shape.vocab_size
     tp_rank, tp_size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
     vocab_rows = slice(tp_rank * vocab // tp_size, (tp_rank + 1) * vocab // tp_size)
+    embedding = f"{shape.prefix}embed_tokens.weight"
+    if model.vision is not None:
+        for name, parameter in model.vision.named_parameters():
+            yield Part(f"model.visual.{name}", tuple(parameter.shape), view(parameter))
     if model.pre_process:
-        yield Part("model.embed_tokens.weight", (vocab, hidden), view(model.embedding.word_embeddings.weight), vocab_rows)
+        yield Part(embedding, (vocab, hidden), view(model.embedding.word_embeddings.weight), vocab_rows)
+    if view is values:
+        for name, table in model.rotary.state_dict().items():
+            yield Part(f"{shape.prefix}rotary_emb.{name}", tuple(table.shape), table)
     for layer in model.decoder.layers:
-        prefix = f"model.layers.{layer.layer_number - 1}"
+        prefix = f"{shape.prefix}layers.{layer.layer_number - 1}"
         yield Part(f"{prefix}.input_layernorm.weight", (hidden,), view(layer.input_layernorm.weight))
         yield from _attention_parts(layer.self_attention, shape, f"{prefix}.self_attn", tp_rank, tp_size, view)
         yield Part(f"{prefix}.post_attention_layernorm.weight", (hidden,), view(layer.pre_mlp_layernorm.weight))
@@ -75,11 +82,11 @@ def _stage_parts(model: Stage, shape: ModelShape, view: View) -> Iterator[Part]:
             yield Part(f"{prefix}.mlp.gate.e_score_correction_bias", (shape.num_experts,), layer.mlp.router.selection_bias)
         yield from _expert_parts(layer.mlp, shape, f"{prefix}.mlp.experts", view)
     if model.post_process:
-        yield Part("model.norm.weight", (hidden,), view(model.decoder.final_layernorm.weight))
+        yield Part(f"{shape.prefix}norm.weight", (hidden,), view(model.decoder.final_layernorm.weight))
         if not shape.tie_word_embeddings:
             yield Part("lm_head.weight", (vocab, hidden), view(model.output_layer.weight), vocab_rows)
         elif not model.pre_process:  # the last stage's copy of a tied embedding
-            yield Part("model.embed_tokens.weight", (vocab, hidden), view(model.output_layer.weight), vocab_rows)
+            yield Part(embedding, (vocab, hidden), view(model.output_layer.weight), vocab_rows)
 
 
 def _attention_parts(attention: Any, shape: ModelShape, prefix: str, tp_rank: int, tp_size: int, view: View) -> Iterator[Part]:

@@ -105,6 +105,10 @@ def _norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * weight
 
 
+Turn = Callable[[np.ndarray, int], np.ndarray]
+"""Queries or keys [T, D] of a head of a key/value group, turned by their positions 0 ... T - 1."""
+
+
 def _rotate(x_TD: np.ndarray, theta: float) -> np.ndarray:
     tokens, width = x_TD.shape
     angles = np.arange(tokens)[:, None] * theta ** (-np.arange(0, width, 2) / width)
@@ -113,7 +117,7 @@ def _rotate(x_TD: np.ndarray, theta: float) -> np.ndarray:
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
 
 
-def _attention(weights: Weights, config: dict, layer: int, x_TH: np.ndarray) -> np.ndarray:
+def _attention(weights: Weights, config: dict, layer: int, x_TH: np.ndarray, turn: Turn) -> np.ndarray:
     prefix, width = f"model.layers.{layer}.self_attn", config["head_dim"]
     heads, kv_heads, eps = config["num_attention_heads"], config["num_key_value_heads"], config["rms_norm_eps"]
     q, k, v = (x_TH @ weights[f"{prefix}.{name}_proj.weight"].T for name in "qkv")
@@ -121,28 +125,37 @@ def _attention(weights: Weights, config: dict, layer: int, x_TH: np.ndarray) -> 
     outs = []
     for head in range(heads):
         own = slice(head * width, (head + 1) * width)
-        shared = slice(head * kv_heads // heads * width, (head * kv_heads // heads + 1) * width)
-        q_TD = _rotate(_norm(q[:, own], weights[f"{prefix}.q_norm.weight"], eps), config["rope_theta"])
-        k_TD = _rotate(_norm(k[:, shared], weights[f"{prefix}.k_norm.weight"], eps), config["rope_theta"])
+        group = head * kv_heads // heads
+        shared = slice(group * width, (group + 1) * width)
+        q_TD = turn(_norm(q[:, own], weights[f"{prefix}.q_norm.weight"], eps), group)
+        k_TD = turn(_norm(k[:, shared], weights[f"{prefix}.k_norm.weight"], eps), group)
         outs.append(softmax(q_TD @ k_TD.T / np.sqrt(width) + future) @ v[:, shared])
     return np.concatenate(outs, -1) @ weights[f"{prefix}.o_proj.weight"].T
 
 
-def logits(folder: Path, tokens: np.ndarray, pick: Pick | Sequence[Pick], weights: Weights | None = None) -> np.ndarray:
+def logits(
+    folder: Path,
+    tokens: np.ndarray,
+    pick: Pick | Sequence[Pick],
+    weights: Weights | None = None,
+    turn: Turn | None = None,
+) -> np.ndarray:
     """Logits [B, S, V] of a hub-form Qwen3-MoE folder whose experts are chosen by `pick`.
 
     Args:
         tokens: [B, S].
         pick: one for all layers, or one for each.
         weights: other weights than the folder's.
+        turn: other positions than plain rotary embedding.
     """
     weights, config = weights or weights_of(folder), json.loads((folder / "config.json").read_text())
+    turn = turn or (lambda x_TD, group: _rotate(x_TD, config["rope_theta"]))
     eps, rows = config["rms_norm_eps"], []
     for row in tokens:
         x_TH = weights["model.embed_tokens.weight"][row]
         for layer in range(config["num_hidden_layers"]):
             prefix = f"model.layers.{layer}"
-            x_TH = x_TH + _attention(weights, config, layer, _norm(x_TH, weights[f"{prefix}.input_layernorm.weight"], eps))
+            x_TH = x_TH + _attention(weights, config, layer, _norm(x_TH, weights[f"{prefix}.input_layernorm.weight"], eps), turn)
             own = pick if callable(pick) else pick[layer]
             x_TH = x_TH + moe(weights, layer, _norm(x_TH, weights[f"{prefix}.post_attention_layernorm.weight"], eps), own)
         head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])

@@ -10,15 +10,19 @@ from moexpand.data.packing import PACKING
 from moexpand.parallel.engine import Engine
 from moexpand.parallel.optimizer import AdamSettings
 from moexpand.parallel.ranks import Ranks
-from moexpand.parallel.shape import Layout, ModelShape, RouterRules
+from moexpand.parallel.shape import Layout, ModelShape, RouterRules, VisionShape
 from moexpand.train import weights
 from moexpand.train.preflight import Source
 from moexpand.upcycle.architecture import Architecture
+from moexpand.upcycle.families import family_of
 
 
 def shape_of(architecture: Architecture) -> ModelShape:
     """The engine's view of a checkpoint's architecture."""
-    return ModelShape(**{field.name: getattr(architecture, field.name) for field in fields(ModelShape)})
+    seen = architecture.vision
+    vision = None if seen is None else VisionShape(**{each.name: getattr(seen, each.name) for each in fields(VisionShape)})
+    own = {each.name: getattr(architecture, each.name) for each in fields(ModelShape) if each.name not in ("prefix", "vision")}
+    return ModelShape(**own, prefix=family_of(architecture.model_type).prefix, vision=vision)
 
 
 def layout_of(parallel: Parallel) -> Layout:

@@ -6,6 +6,29 @@ from moexpand.base.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
+class VisionArchitecture:
+    """A vision tower of Qwen3-VL's kind, also Intern-S1-Pro's; the names are those of `vision_config`."""
+
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    in_channels: int
+    patch_size: int
+    temporal_patch_size: int
+    spatial_merge_size: int
+    """A token of the decoder is made of so many patches, squared."""
+    out_hidden_size: int
+    """Width of the decoder that takes the tower's features."""
+    num_position_embeddings: int
+    hidden_act: str = "gelu_pytorch_tanh"
+    deepstack_visual_indexes: tuple[int, ...] = ()
+    """Blocks whose features are added to the outputs of the decoder's first layers, in order of the blocks (DeepStack)."""
+    image_token_id: int
+    """The token that holds a feature's place."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Architecture:
     """What the decoder's shapes and its forward pass follow from."""
 
@@ -36,6 +59,12 @@ class Architecture:
     rope_theta: float = 1e6
     rope_type: str = "default"
     """`default` is plain rotary embedding; another name needs a forward pass that knows it."""
+    mrope_section: tuple[int, ...] = ()
+    """Frequencies of each axis (time, height, width) of interleaved MRoPE; empty where positions have one axis."""
+    fope_frequencies: int = 0
+    """Frequencies that Fourier position embedding keeps and mixes; 0 where the model has none."""
+    fope_by_head: bool = False
+    """FoPE has a table for each key/value head, not one for all."""
     sliding_window: int | None = None
     """Width of the attention window, or None for full attention."""
     max_position_embeddings: int = 4096
@@ -44,6 +73,8 @@ class Architecture:
     initializer_range: float = 0.02
     dtype: str = "float32"
     """Name of the torch dtype that the weights are meant for."""
+    vision: VisionArchitecture | None = None
+    """The tower, where there is one of a kind that is computed here."""
 
     @property
     def routed_as_usual(self) -> bool:

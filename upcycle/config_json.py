@@ -11,6 +11,7 @@ from moexpand.base.errors import InputError
 from moexpand.upcycle.architecture import Architecture, check_architecture
 from moexpand.upcycle.families import FAMILIES, family_of
 from moexpand.upcycle.family import Config, Family
+from moexpand.upcycle.positions import fope_frequencies, mrope_section, rope_rules
 from moexpand.upcycle.tensors import BLOCK
 
 ROUTING: Config = {"scoring_func": "softmax", "routed_scaling_factor": 1.0, "router_selection_bias": False}
@@ -42,9 +43,11 @@ def read_architecture(config: Config, where: str = "config.json") -> Architectur
     _refuse_variants(text, where)
     _refuse_routing(text, family, where)
     _check_quantisation(config, where)
-    rope = {"rope_theta": text.get("rope_theta")} | (text.get("rope_scaling") or {}) | (text.get("rope_parameters") or {})
+    rope = rope_rules(text)
     heads = _size(text, "num_attention_heads", where)
     hidden = _size(text, "hidden_size", where)
+    head_dim = _size(text, "head_dim", where) if text.get("head_dim") is not None else hidden // heads
+    theta, positions = _number(rope, "rope_theta", 10_000.0, where), int(_number(text, "max_position_embeddings", 32_768, where))
     arch = Architecture(
         model_type=family.model_type,
         vocab_size=_size(text, "vocab_size", where),
@@ -52,7 +55,7 @@ def read_architecture(config: Config, where: str = "config.json") -> Architectur
         num_hidden_layers=_size(text, "num_hidden_layers", where),
         num_attention_heads=heads,
         num_key_value_heads=_size(text, "num_key_value_heads", where),
-        head_dim=_size(text, "head_dim", where) if text.get("head_dim") is not None else hidden // heads,
+        head_dim=head_dim,
         num_experts=_size(text, experts_key(text, where), where),
         num_experts_per_tok=_size(text, "num_experts_per_tok", where),
         router_n_groups=_size(text, "router_n_groups", where) if text.get("router_n_groups") is not None else 1,
@@ -65,14 +68,18 @@ def read_architecture(config: Config, where: str = "config.json") -> Architectur
         scoring_func=str(text.get("scoring_func") or "softmax"),
         routed_scaling_factor=_number(text, "routed_scaling_factor", 1.0, where),
         selection_bias=bool(text.get("router_selection_bias", False)),
-        rope_theta=_number(rope, "rope_theta", 10_000.0, where),
+        rope_theta=theta,
         rope_type=str(rope.get("rope_type", rope.get("type", "default"))),
+        mrope_section=mrope_section(rope, family.mrope_section, where),
+        fope_frequencies=fope_frequencies(rope, theta, positions, head_dim, where),
+        fope_by_head=bool(rope.get("fope_sep_head", False)),
         sliding_window=text.get("sliding_window") if text.get("use_sliding_window") else None,
-        max_position_embeddings=int(_number(text, "max_position_embeddings", 32_768, where)),
+        max_position_embeddings=positions,
         rms_norm_eps=_number(text, "rms_norm_eps", 1e-6, where),
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
         initializer_range=_number(text, "initializer_range", 0.02, where),
         dtype=_dtype(config, text),
+        vision=family.vision(config, where),
     )
     check_architecture(arch, where)
     return arch

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from moexpand.upcycle.architecture import VisionArchitecture
 from moexpand.upcycle.safetensors_file import Shape
 
 Config = dict[str, Any]
@@ -32,6 +33,11 @@ SCALE = "_scale_inv"
 def nothing(config: Config, where: str) -> dict[str, Shape]:
     """The tensors that a model of text alone has beside its decoder."""
     return {}
+
+
+def no_tower(config: Config, where: str) -> VisionArchitecture | None:
+    """A model of text alone, or with a tower that no forward pass here computes."""
+    return None
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,10 @@ class Family:
     """Fused files of the hub hold [E, in, out] instead of [E, out, in]; `Checkpoint.transposed` says what a folder's hold."""
     norm_topk_prob: bool = False
     """What a config that does not say so means."""
+    mrope_section: tuple[int, ...] = ()
+    """The same, where positions have three axes."""
+    vision: Callable[[Config, str], VisionArchitecture | None] = no_tower
+    """The vision tower, where the engine computes it."""
     carried: Callable[[Config, str], dict[str, Shape]] = nothing
     """Parameters beside the decoder, which an expansion copies: towers, projectors."""
     buffers: Callable[[Config, str], dict[str, Shape]] = nothing

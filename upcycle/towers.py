@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from moexpand.base.errors import InputError
+from moexpand.upcycle.architecture import VisionArchitecture
 from moexpand.upcycle.safetensors_file import Shape
 
 Named = Iterator[tuple[str, Shape]]
@@ -54,6 +55,27 @@ def qwen3_vl_tower(vision: dict[str, Any], prefix: str, deepstack: bool) -> dict
             yield from merger(f"deepstack_merger_list.{number}", merged)
 
     return {prefix + name: shape for name, shape in tower()}
+
+
+def qwen3_vl_architecture(vision: dict[str, Any], image_token_id: object, deepstack: bool) -> VisionArchitecture:
+    """The same tower as the engine is told of it.
+
+    Raises:
+        InputError: a key of `vision` is missing or no size.
+    """
+    if type(image_token_id) is not int:
+        raise InputError(f"config.json has image_token_id={image_token_id!r}; the number of a token is needed.")
+    sizes = (
+        "depth hidden_size intermediate_size num_heads in_channels patch_size temporal_patch_size spatial_merge_size "
+        "out_hidden_size num_position_embeddings"
+    )
+    layers = tuple(vision["deepstack_visual_indexes"]) if deepstack and _length(vision, "deepstack_visual_indexes") else ()
+    return VisionArchitecture(
+        **{key: _size(vision, key) for key in sizes.split()},
+        hidden_act=str(vision.get("hidden_act", "gelu_pytorch_tanh")),
+        deepstack_visual_indexes=layers,
+        image_token_id=image_token_id,
+    )
 
 
 def intern_vit(

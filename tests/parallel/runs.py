@@ -73,7 +73,16 @@ def shape_of(folder: Path, **changes: Any) -> Any:
 def engine(
     folder: Path, layout: dict[str, Any], rules: dict[str, Any], precision: str = "fp32", shape: dict[str, Any] | None = None
 ) -> Iterator[Any]:
-    """An engine filled from a folder; the process groups are left at the end.
+    """An engine filled from a folder; see `built_engine`."""
+    with built_engine(shape_of(folder, **(shape or {})), reader(folder), layout, rules, precision) as built:
+        yield built
+
+
+@contextmanager
+def built_engine(
+    shape: Any, read: Any, layout: dict[str, Any], rules: dict[str, Any] | None = None, precision: str = "fp32"
+) -> Iterator[Any]:
+    """An engine of a shape, filled by a reader; the process groups are left at the end.
 
     Without torchrun's environment variables this process is a world of one rank, so it works inside pytest too.
     """
@@ -83,8 +92,8 @@ def engine(
 
     here = ranks.start(Layout(**layout), timeout_seconds=120)
     try:
-        built = Engine(shape_of(folder, **(shape or {})), Layout(**layout), RouterRules(**rules), precision, here)
-        built.fill(reader(folder))
+        built = Engine(shape, Layout(**layout), RouterRules(**(rules or {})), precision, here)
+        built.fill(read)
         yield built
     finally:
         ranks.stop()

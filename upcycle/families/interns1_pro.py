@@ -1,31 +1,35 @@
 """Intern-S1-Pro: a decoder that routes in groups itself, the tower of Qwen3-VL without DeepStack, FoPE tables, time series."""
 
-import math
-from typing import Any
-
+from moexpand.upcycle.architecture import VisionArchitecture
 from moexpand.upcycle.families.qwen3_vl_moe import vision_config
 from moexpand.upcycle.family import Config, Family
+from moexpand.upcycle.positions import fope_frequencies, rope_rules
 from moexpand.upcycle.safetensors_file import Shape
-from moexpand.upcycle.towers import qwen3_vl_tower
+from moexpand.upcycle.towers import qwen3_vl_architecture, qwen3_vl_tower
 
 
 def _tower(config: Config, where: str) -> dict[str, Shape]:
     return qwen3_vl_tower(vision_config(config, where), "model.visual.", deepstack=False)
 
 
-def _fope_tables(config: Config, where: str) -> dict[str, Shape]:
-    """The coefficients of Fourier position embedding (arXiv 2412.17739), one square table a key/value head, or one for all.
+def _vision(config: Config, where: str) -> VisionArchitecture:
+    return qwen3_vl_architecture(vision_config(config, where), config.get("image_token_id", 151_655), deepstack=False)
 
-    A table has a row for each rotary frequency that turns at least once within the longest sequence.
-    """
+
+def _fope_tables(config: Config, where: str) -> dict[str, Shape]:
+    """The coefficients of Fourier position embedding, one square table a key/value head, or one for all."""
     text = config["text_config"]
-    rules: dict[str, Any] = (text.get("rope_scaling") or {}) | (text.get("rope_parameters") or {})
-    if all(rules.get(key) is None for key in ("fope_init_factor", "fope_sep_head", "num_inv_freq")):
+    rules = rope_rules(text)
+    heads, width = text["num_attention_heads"], text.get("head_dim")
+    size = fope_frequencies(
+        rules,
+        float(rules.get("rope_theta", 10_000.0)),
+        int(text.get("max_position_embeddings", 32_768)),
+        width or text["hidden_size"] // heads,
+        where,
+    )
+    if not size:
         return {}
-    theta = float(text.get("rope_theta") or rules["rope_theta"])
-    slowest = 2 * math.pi / text["max_position_embeddings"]
-    turning = sum(theta ** (-2 * i / text["head_dim"]) > slowest for i in range(text["head_dim"] // 2))
-    size = rules.get("num_inv_freq") or turning
     shape = (text["num_key_value_heads"], size, size) if rules.get("fope_sep_head") else (size, size)
     return {f"model.language_model.rotary_emb.{name}": shape for name in ("sin_coef", "cos_coef")}
 
@@ -37,6 +41,7 @@ FAMILIES = (
         child="interns1_pro",
         text="text_config",
         prefix="model.language_model.",
+        vision=_vision,
         carried=_tower,
         buffers=_fope_tables,
         free=("model.time_series.",),

@@ -4,9 +4,10 @@ from dataclasses import replace
 from typing import Any
 
 from moexpand.base.errors import InputError
+from moexpand.upcycle.architecture import VisionArchitecture
 from moexpand.upcycle.family import FUSED, Config, Family
 from moexpand.upcycle.safetensors_file import Shape
-from moexpand.upcycle.towers import qwen3_vl_tower
+from moexpand.upcycle.towers import qwen3_vl_architecture, qwen3_vl_tower
 
 
 def vision_config(config: Config, where: str) -> dict[str, Any]:
@@ -15,6 +16,11 @@ def vision_config(config: Config, where: str) -> dict[str, Any]:
     if not isinstance(vision, dict):
         raise InputError(f"{where} has no vision_config, which describes the tower of a {config['model_type']} model.")
     return vision
+
+
+def _vision(config: Config, where: str) -> VisionArchitecture:
+    # transformers' default of the placeholder
+    return qwen3_vl_architecture(vision_config(config, where), config.get("image_token_id", 151_655), deepstack=True)
 
 
 def _tower(config: Config, where: str) -> dict[str, Shape]:
@@ -30,6 +36,8 @@ QWEN3_VL_MOE = Family(
     experts_layout=FUSED,
     transposed=True,
     norm_topk_prob=True,  # the class has no such key and always normalises
+    mrope_section=(24, 20, 20),
+    vision=_vision,
     carried=_tower,
 )
 
