@@ -55,7 +55,7 @@ class Run:
 def write_parent(folder: Path, layers: int, hidden: int, intermediate: int) -> None:
     """A random parent in one file as safetensors' own writer lays it out: tensors begin at multiples of 8 bytes."""
     from moexpand.upcycle.architecture import Architecture
-    from moexpand.upcycle.config_json import architecture_config
+    from moexpand.upcycle.fresh_config import architecture_config
     from moexpand.upcycle.tensors import stored_tensors
 
     arch = Architecture(

@@ -10,7 +10,22 @@ from moexpand.conf.fields import key, part, words
 
 
 @dataclass
-class Data:
+class Pictures:
+    """How pictures reach a model with a vision tower."""
+
+    images: str = key("auto", "auto: pictures are read where the model has a tower; off: their text alone", ("auto", "off"))
+    min_pixels: int | None = key(None, "smallest area of a resized picture; not given: the checkpoint's own", within="[1, inf)")
+    max_pixels: int | None = key(None, "largest area of a resized picture; not given: the checkpoint's own", within="[1, inf)")
+
+
+@dataclass
+class CalibrateData(Pictures):
+    shards: str = key(MISSING, "folder written by `moexpand data build`")
+    tokenizer: str | None = key(None, "qwen, qwen-8192 or a Hugging Face folder; not given: the one the shards were indexed with")
+
+
+@dataclass
+class Data(Pictures):
     shards: str = key(MISSING, "folder or address written by `moexpand data build` or `data index`, or a YAML file of several")
     tokenizer: str | None = key(None, "qwen, qwen-8192 or a Hugging Face folder; not given: the one the shards were indexed with")
     held_out: float = key(0.05, "fraction of the samples kept for evaluation", within="[0, 1)")

@@ -14,6 +14,11 @@ def words(help: str) -> Any:
     return field(default_factory=list, metadata={"help": help})
 
 
+def numbers(help: str) -> Any:
+    """A field that holds a list of whole numbers, empty by default."""
+    return field(default_factory=list, metadata={"help": help})
+
+
 def part(cls: type, help: str) -> Any:
     """A field that holds a nested dataclass."""
     return field(default_factory=cls, metadata={"help": help})

@@ -30,6 +30,7 @@ class Key:
         help: one line.
         choices: the allowed words, or nothing.
         within: the allowed interval of a number such as "[0, 1)", or nothing.
+        items: type of what a list holds, str or int.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Key:
     help: str
     choices: tuple[str, ...]
     within: str
+    items: Any = str
 
     @property
     def required(self) -> bool:
@@ -64,9 +66,10 @@ def keys_of(command: type, prefix: str = "") -> dict[str, Key]:
         if optional:
             annotation = next(option for option in typing.get_args(annotation) if option is not types.NoneType)
         default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
-        kind = typing.get_origin(annotation) or annotation
+        kind, items = typing.get_origin(annotation) or annotation, (*typing.get_args(annotation), str)[0]
         words = field.metadata
-        found[name] = Key(name, kind, optional, default, words["help"], words.get("choices", ()), words.get("within", ""))
+        allowed = words.get("choices", ()), words.get("within", "")
+        found[name] = Key(name, kind, optional, default, words["help"], *allowed, items)
     return found
 
 
@@ -107,9 +110,9 @@ def check_value(key: Key, value: Any, where: str) -> None:
     if value is None and key.optional:
         return
     shown = f"{key.name}={'null' if value is None else value}{where}"
-    typed = _typed(key.type, value)
+    typed = _typed(key, value)
     if typed is None:
-        example = f", such as {key.name}=[a,b]" if key.type is list else ""
+        example = f", such as {key.name}={'[1,2]' if key.items is int else '[a,b]'}" if key.type is list else ""
         raise InputError(f"{shown} has the wrong type: {key.name} takes {TAKES[key.type]}{example}.")
     if key.choices and typed not in key.choices:
         guess = did_you_mean(str(typed), key.choices)
@@ -118,12 +121,12 @@ def check_value(key: Key, value: Any, where: str) -> None:
         raise InputError(f"{shown} is outside {key.within}, the values that {key.name} can have.")
 
 
-def _typed(kind: type, value: Any) -> Any:
-    """The value as `kind`, converted as OmegaConf converts it; None when it cannot be."""
-    if kind is list:
-        return value if isinstance(value, list) and all(isinstance(item, str) for item in value) else None
+def _typed(key: Key, value: Any) -> Any:
+    """The value in the key's type, converted as OmegaConf converts it; None when it cannot be."""
+    if key.type is list:
+        return value if isinstance(value, list) and all(type(item) is key.items for item in value) else None
     try:
-        return NODES[kind](value, is_optional=False)._value()
+        return NODES[key.type](value, is_optional=False)._value()
     except ValidationError:
         return None
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
-from moexpand.conf.data_schema import Data, DataBuildCommand, DataIndexCommand, DataInspectCommand
+from moexpand.conf.data_schema import CalibrateData, Data, DataBuildCommand, DataIndexCommand, DataInspectCommand
 from moexpand.conf.fields import key, part, words
+from moexpand.conf.model_schema import Model
 
 PLACEMENTS = (
     "quarters_spread",
@@ -28,30 +29,6 @@ DISPATCHERS = ("alltoall", "allgather", "grouped_allgather")
 
 
 # ---------------------------------------------------------------- train
-
-
-@dataclass
-class Model:
-    """Shape of a Qwen3-MoE decoder trained from scratch; a checkpoint's own config.json replaces it."""
-
-    vocab_size: int = key(8448, "rows of the embedding and of the head", within="[1, inf)")
-    hidden_size: int = key(192, "width of the residual stream", within="[1, inf)")
-    num_hidden_layers: int = key(4, "decoder layers", within="[1, inf)")
-    num_attention_heads: int = key(4, "query heads", within="[1, inf)")
-    num_key_value_heads: int = key(2, "key and value heads", within="[1, inf)")
-    head_dim: int = key(48, "width of a head", within="[1, inf)")
-    num_experts: int = key(128, "routed experts of a layer", within="[1, inf)")
-    num_experts_per_tok: int = key(8, "experts that a token visits (top-k)", within="[1, inf)")
-    router_n_groups: int = key(1, "groups that top-k is split over; 1 is plain top-k", within="[1, inf)")
-    moe_intermediate_size: int = key(48, "width inside an expert", within="[1, inf)")
-    norm_topk_prob: bool = key(True, "divide the chosen probabilities by their sum")
-    scoring_func: str = key("softmax", "what makes scores of the router's logits", ("softmax", "sigmoid"))
-    routed_scaling_factor: float = key(1.0, "multiplies the weights of the chosen experts", within="(0, inf)")
-    rope_theta: float = key(1e6, "base of the rotary frequencies", within="(0, inf)")
-    max_position_embeddings: int = key(4096, "longest sequence the model is meant for", within="[1, inf)")
-    rms_norm_eps: float = key(1e-6, "epsilon of the norms", within="(0, inf)")
-    tie_word_embeddings: bool = key(False, "the head shares the embedding's weights")
-    initializer_range: float = key(0.02, "standard deviation of fresh weights", within="(0, inf)")
 
 
 @dataclass
@@ -239,12 +216,6 @@ class UpcycleCommand:
     plan_out: str | None = key(None, "write the plan to this JSON file")
     plain: bool = key(False, "plain lines even on a terminal")
     debug: bool = key(False, "print tracebacks")
-
-
-@dataclass
-class CalibrateData:
-    shards: str = key(MISSING, "folder written by `moexpand data build`")
-    tokenizer: str | None = key(None, "qwen, qwen-8192 or a Hugging Face folder; not given: the one the shards were indexed with")
 
 
 @dataclass

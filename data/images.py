@@ -116,6 +116,17 @@ class ImageSettings:
             return cls._from_fields(fields, str(path))
         raise InputError(f"{folder} has neither preprocessor_config.json nor a processor_config.json with an image_processor.")
 
+    def to_fields(self) -> dict[str, Any]:
+        """preprocessor_config.json with these settings, as transformers reads it."""
+        return {
+            "image_processor_type": "Qwen2VLImageProcessorFast",
+            **dict.fromkeys(_STEPS, True),
+            "resample": BICUBIC,
+            "size": {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels},
+            **{name: getattr(self, name) for name in ("patch_size", "merge_size", "temporal_patch_size", "rescale_factor")},
+            **{name: list(getattr(self, name)) for name in ("image_mean", "image_std")},
+        }
+
     @classmethod
     def _from_fields(cls, fields: dict[str, Any], where: str) -> "ImageSettings":
         given = {name: value for name, value in fields.items() if value is not None}

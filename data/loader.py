@@ -18,7 +18,9 @@ import numpy as np
 
 from moexpand.base.errors import InputError
 from moexpand.data.dataset import Corpus
+from moexpand.data.images import ImageProcessor
 from moexpand.data.mixture import Mixture
+from moexpand.data.parts import vision_ids
 from moexpand.data.sharing import share
 from moexpand.data.stream import Reading, Source, Stream
 from moexpand.data.tokens import load_tokenizer
@@ -103,7 +105,7 @@ class PackedData:
                     f"The shards in {corpus.place} were indexed with the tokenizer {corpus.tokenizer_name}, and"
                     f" {self.tokenizer_name} splits text differently; build the shards with it, or do not set data.tokenizer."
                 )
-        self._pictured = reading.images is not None
+        self.images = reading.images
         self.streams = [Stream(corpus, self.tokenizer, seq_length, seed, held_out, reading) for corpus in corpora]
 
     @cached_property
@@ -113,6 +115,25 @@ class PackedData:
             return self.streams[0].fingerprint
         said = [f"{stream.fingerprint} {share}" for stream, share in zip(self.streams, self._mixture.shares, strict=True)]
         return hashlib.sha256("\n".join(said).encode()).hexdigest()
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether any sample brings pictures to the model."""
+        return any(bool(stream.vision.any()) for stream in self.streams)
+
+    @property
+    def image_token(self) -> int:
+        """The token that stands for a picture's features.
+
+        Raises:
+            InputError: the tokenizer has none.
+        """
+        return vision_ids(self.tokenizer)[1]
+
+    @cached_property
+    def pixel_table(self) -> np.ndarray | None:
+        """float32 [channels, 256], what each value of a picture becomes; None where images are left out."""
+        return None if self.images is None else ImageProcessor(self.images).table
 
     @property
     def packs_per_epoch(self) -> int:
@@ -251,7 +272,7 @@ class PackedData:
 
     def _vision_of(self, step: int, micro_batch: int) -> np.ndarray:
         """int64 [micro-batches of the step]: tokens of images in each."""
-        if not self._pictured:  # every rank would locate the packs of all for nothing
+        if self.images is None:  # every rank would locate the packs of all for nothing
             return np.zeros(self.global_batch // micro_batch, dtype=np.int64)
         packs = [self._locate(step * self.global_batch + i) for i in range(self.global_batch)]
         costs = [sum(int(self.streams[source].vision[sample]) for sample, _, _ in segments) for source, segments in packs]

@@ -24,7 +24,8 @@ from moexpand.conf.schema import CalibrateCommand
 from moexpand.data.loader import PackedData
 from moexpand.data.stream import Reading
 from moexpand.train.display import Display
-from moexpand.train.preflight import check_vocabulary, open_supported
+from moexpand.train.preflight import check_pictures, check_vocabulary, open_supported
+from moexpand.train.run_pictures import image_settings
 from moexpand.train.worker import work
 from moexpand.upcycle.calibration import Origin, write_calibration
 from moexpand.upcycle.checkpoint import Checkpoint
@@ -73,9 +74,12 @@ def check(config: CalibrateCommand, world_size: int) -> Job:
         held_out=0.0,
         tokenizer=config.data.tokenizer,
         # Every token is routed, whatever is trained on.
-        reading=Reading(answers_only=False),
+        reading=Reading(
+            answers_only=False, images=image_settings(config.data, checkpoint.architecture.vision, config.checkpoint)
+        ),
     )
     check_vocabulary(data, config.data.shards, checkpoint.architecture)
+    check_pictures(data, config.data.shards, checkpoint.architecture)
     loss_tokens = data.loss_tokens()
     available = int(loss_tokens.sum())
     if not available:
@@ -145,7 +149,7 @@ def _route_wave(job: Job, engine: "Engine", counts: "RoutingCounts", numbers: ra
         batch = job.data.batch(number % sequences)[0]
         counted = batch.loss_mask * (number < sequences)
         first_token = int(job.loss_tokens[: number % sequences].sum())
-        batches.append(PackedBatch.from_arrays(batch, cpu.device()))
+        batches.append(PackedBatch.from_arrays(batch, cpu.device(), engine.shape, job.data.pixel_table))
         places.append(places_of(counted, first_token, job.sample, engine.ranks.tensor_rank, engine.layout.tensor))
     engine.observe_routing(batches, lambda index, layer, logits, chosen: counts.add(layer, logits, chosen, places[index]))
 

@@ -1,12 +1,13 @@
 """Held-out loss, the same number whatever the layout."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from moexpand.data.loader import MicroBatch, PackedData, unigram_entropy
 from moexpand.parallel import cpu
 from moexpand.parallel.batch import PackedBatch
 from moexpand.parallel.engine import Engine
-from moexpand.parallel.ranks import Ranks
 
 
 class HeldOut:
@@ -17,12 +18,16 @@ class HeldOut:
         micro_batch: packs of a forward pass.
     """
 
-    def __init__(self, data: PackedData, packs: int, micro_batch: int, here: Ranks) -> None:
+    def __init__(self, data: PackedData, packs: int, micro_batch: int, engine: Engine) -> None:
+        here = engine.ranks
         batches = data.held_out(packs, micro_batch)
         self._unigram_entropy = unigram_entropy(batches)
         # Ranks that exchange tokens need equally many micro-batches, so the last ones repeat with nothing counted.
         batches += [_masked(batches[0])] * (-len(batches) % here.data_size)
-        self._mine = [PackedBatch.from_arrays(batch, cpu.device()) for batch in batches[here.data_rank :: here.data_size]]
+        self._mine = [
+            PackedBatch.from_arrays(batch, cpu.device(), engine.shape, data.pixel_table)
+            for batch in batches[here.data_rank :: here.data_size]
+        ]
 
     def evaluate(self, engine: Engine) -> dict[str, float]:
         """Loss per unmasked token, the number of those tokens, the entropy of their own frequencies (all in nats)."""
@@ -31,4 +36,4 @@ class HeldOut:
 
 
 def _masked(batch: MicroBatch) -> MicroBatch:
-    return MicroBatch(batch.tokens, batch.labels, np.zeros_like(batch.loss_mask), batch.positions, batch.cu_seqlens)
+    return replace(batch, loss_mask=np.zeros_like(batch.loss_mask))

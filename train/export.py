@@ -14,7 +14,9 @@ from moexpand.conf.schema import ExportCommand, TrainCommand
 from moexpand.train import checkpoints, preflight
 from moexpand.train.preflight import PLAN, Source
 from moexpand.train.run_data import open_data
-from moexpand.upcycle.config_json import Config, architecture_config, grouped_config, lmdeploy_config, with_routing
+from moexpand.train.run_pictures import write_settings
+from moexpand.upcycle.config_json import Config, grouped_config, lmdeploy_config, with_routing
+from moexpand.upcycle.fresh_config import architecture_config
 from moexpand.upcycle.layout import copy_side_files
 
 MISREAD_BY = "transformers, vLLM and SGLang, which run it as plain top-k without a word"
@@ -49,8 +51,11 @@ def export(command: ExportCommand, say: Callable[[str], None]) -> None:
         side_files = Path(scratch)
         if source.checkpoint is not None:
             copy_side_files(source.checkpoint.folder, source.checkpoint.side_files, side_files)
-        if source.checkpoint is None or source.new_vocabulary:
-            open_data(config).tokenizer.save(side_files)
+        data = open_data(config) if source.checkpoint is None or source.new_vocabulary or source.architecture.vision else None
+        if data is not None and (source.checkpoint is None or source.new_vocabulary):
+            data.tokenizer.save(side_files)
+        if data is not None and data.images is not None:
+            write_settings(data.images, side_files)
         _write(config, source, folder, command, target, side_files)
     say(f"wrote {folder} to {target}")
     if command.format == "lmdeploy":
@@ -82,10 +87,17 @@ def _write(config: TrainCommand, source: Source, folder: Path, command: ExportCo
 def describe(source: Source, dtype: str, format: str) -> Config:
     """config.json of the exported folder: the source's own where there is one, with the dtype that is written."""
     config: dict[str, Any] = architecture_config(source.architecture) if source.checkpoint is None else source.checkpoint.config
-    stored: Config = {name: dtype for name in ("dtype", "torch_dtype") if name in config}
     arch = source.architecture
     if config["model_type"] != arch.model_type:  # the run has taken up a selection bias
         config = grouped_config(config, arch.num_experts, arch.router_n_groups)
     if not arch.routed_as_usual:
         config = with_routing(config, arch)
-    return {**(lmdeploy_config(config) if format == "lmdeploy" else config), **stored}
+    return _of_dtype(lmdeploy_config(config) if format == "lmdeploy" else config, dtype)
+
+
+def _of_dtype(config: Config, dtype: str) -> Config:
+    """The config, and the configs of its parts, with the dtype that is written, where they say one."""
+    return {
+        key: dtype if key in ("dtype", "torch_dtype") else _of_dtype(value, dtype) if isinstance(value, dict) else value
+        for key, value in config.items()
+    }

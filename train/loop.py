@@ -37,7 +37,7 @@ def train(config: TrainCommand, source: Source, data: PackedData, here: ranks.Ra
     """
     run, steps = Path(config.run.dir), config.train.steps
     engine, progress, notes = _start(config, source, data, here)
-    held_out = HeldOut(data, config.evaluate.batches, config.train.micro_batch, here) if config.evaluate.every else None
+    held_out = HeldOut(data, config.evaluate.batches, config.train.micro_batch, engine) if config.evaluate.every else None
     with ExitStack() as closed_at_the_end:
         display = closed_at_the_end.enter_context(closing(Display(here.main, config.plain, progress.step, steps)))
         records = closed_at_the_end.enter_context(closing(Records(config, progress, here.main, display.say)))
@@ -62,7 +62,7 @@ def train(config: TrainCommand, source: Source, data: PackedData, here: ranks.Ra
             evaluate()
         while progress.step < steps:
             began = time.perf_counter()
-            batches = [PackedBatch.from_arrays(each, cpu.device()) for each in next(read)]
+            batches = [PackedBatch.from_arrays(each, cpu.device(), engine.shape, data.pixel_table) for each in next(read)]
             _tell_bad_samples(data, told, display.say if here.main else print)
             lr = learning_rate(config.optim, progress.step, steps)
             router_lr = lr * router_multiplier(config.router, progress.step)

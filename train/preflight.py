@@ -1,6 +1,6 @@
 """Everything about a run that can be known to be wrong before a process starts; nothing here imports torch."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from moexpand.base.files import read_json
 from moexpand.conf.check import check_train
 from moexpand.conf.schema import TrainCommand
 from moexpand.data.loader import PackedData
+from moexpand.train.fresh import fresh_architecture
 from moexpand.train.run_data import open_data
 from moexpand.upcycle.architecture import Architecture
 from moexpand.upcycle.checkpoint import EXPANSION, Checkpoint, open_checkpoint
@@ -83,8 +84,7 @@ def source_of(config: TrainCommand) -> Source:
         return Source(_as_trained(expanded.architecture, config), expanded, plan)
     if config.expand is not None:
         raise InputError(f"expand={config.expand} is the plan for a parent; give its folder as checkpoint=FOLDER.")
-    sizes = {field.name: getattr(config.model, field.name) for field in fields(config.model)}
-    return Source(_as_trained(Architecture(**sizes), config), None)
+    return Source(_as_trained(fresh_architecture(config.model), config), None)
 
 
 def _as_trained(architecture: Architecture, config: TrainCommand) -> Architecture:
@@ -92,6 +92,11 @@ def _as_trained(architecture: Architecture, config: TrainCommand) -> Architectur
     architecture = replace(architecture, selection_bias=architecture.selection_bias or config.balance.selection_bias)
     if architecture.router_n_groups > 1 or not architecture.routed_as_usual:
         architecture = replace(architecture, model_type=family_of(architecture.model_type).child)
+    if not architecture.routed_as_usual and not family_of(architecture.model_type).own_routing:
+        raise InputError(
+            f"A model of type {architecture.model_type} cannot be written with a selection bias, scoring_func=sigmoid or a "
+            "routed_scaling_factor; leave balance.selection_bias and these keys of the model out."
+        )
     return architecture
 
 
@@ -110,6 +115,7 @@ def check(config: TrainCommand, world_size: int) -> tuple[Source, PackedData]:
     check_train(config, source.architecture, world_size, _has_selection_bias(config, source))
     data = open_data(config)
     check_vocabulary(data, data.sources[0].place, source.architecture)
+    check_pictures(data, data.sources[0].place, source.architecture)
     return source, data
 
 
@@ -126,4 +132,16 @@ def check_vocabulary(data: PackedData, shards: str, architecture: Architecture) 
         raise InputError(
             f"The tokenizer of {shards} has {data.vocab_size:,} tokens and the model "
             f"{architecture.vocab_size:,}; build the shards with the model's own tokenizer."
+        )
+
+
+def check_pictures(data: PackedData, shards: str, architecture: Architecture) -> None:
+    """Refuse shards whose pictures stand at another token than those of the model."""
+    vision = architecture.vision
+    if vision is None or not data.has_pictures:
+        return
+    if data.image_token != vision.image_token_id:
+        raise InputError(
+            f"The tokenizer of {shards} writes pictures with token {data.image_token} and the model has image_token_id="
+            f"{vision.image_token_id}; build the shards with the model's own tokenizer, or give data.images=off."
         )

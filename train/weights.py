@@ -1,5 +1,6 @@
 """Weights in and out of the engine: a Hugging Face folder, fresh ones, and back to a folder."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,12 @@ from moexpand.parallel import ranks
 from moexpand.parallel.engine import Engine
 from moexpand.parallel.weights import Reader
 from moexpand.upcycle.architecture import Architecture
+from moexpand.upcycle.families import family_of
+from moexpand.upcycle.family import STACKS, Family
 from moexpand.upcycle.folder import write_checkpoint
-from moexpand.upcycle.logical import Weights
-from moexpand.upcycle.tensors import expected_tensors
+from moexpand.upcycle.fresh_config import architecture_config
+from moexpand.upcycle.logical import Weights, expert_of, model_tensors
+from moexpand.upcycle.tensors import stored_tensors
 
 SELECTION_BIAS = ".e_score_correction_bias"
 """Ending of the names of selection biases."""
@@ -38,17 +42,27 @@ def load(engine: Engine, weights: Weights) -> None:
 
 
 def fresh(architecture: Architecture, seed: int) -> Reader:
-    """Fresh weights by Hugging Face name, the same for every layout: norms 1, matrices normal with `initializer_range`."""
-    shapes = expected_tensors(architecture)
+    """Fresh weights by Hugging Face name, the same for every layout.
+
+    Norms are 1, biases 0, matrices normal with `initializer_range`; tables of FoPE the identity plus Xavier's normal distribution
+    with the gain `fope_init_factor`.
+    """
+    shapes = model_tensors(architecture, architecture_config(architecture))
 
     def read(name: str, rows: slice | None) -> torch.Tensor:
-        if name.endswith(SELECTION_BIAS):
-            whole = torch.zeros(shapes[name])
-        elif len(shapes[name]) == 1:
-            whole = torch.ones(shapes[name])
+        shape = shapes[name]
+        drawn = generator(seed, "fresh", name)
+        if name.endswith((SELECTION_BIAS, ".bias")):
+            whole = torch.zeros(shape)
+        elif len(shape) == 1:
+            whole = torch.ones(shape)
+        elif ".rotary_emb." in name:
+            # torch's fans of a tensor [heads, D, D]: D * D and heads * D
+            fans = math.prod(shape[1:]) + shape[0] * math.prod(shape[2:])
+            noise = drawn.standard_normal(shape, dtype="float32") * architecture.fope_init_factor * math.sqrt(2 / fans)
+            whole = torch.eye(shape[-1]) + torch.from_numpy(noise.astype("float32"))
         else:
-            drawn = generator(seed, "fresh", name).standard_normal(shapes[name], dtype="float32")
-            whole = torch.from_numpy(drawn * architecture.initializer_range)
+            whole = torch.from_numpy(drawn.standard_normal(shape, dtype="float32") * architecture.initializer_range)
         return whole if rows is None else whole[rows]
 
     return read
@@ -71,11 +85,29 @@ def write(
         dtype: of the written tensors; selection biases are fp32.
     """
     tensors = dict(engine.tensors())
-    expected = expected_tensors(architecture)
+    family = family_of(architecture.model_type)
+    expected = model_tensors(architecture, config)
     assert tensors.keys() == expected.keys(), "the engine and the checkpoint family disagree about the model's tensors"
+    stored = stored_tensors(architecture, family.experts_layout)
+    stored |= {name: shape for name, shape in expected.items() if name not in stored and expert_of(name) is None}
 
     def dtype_of(name: str) -> torch.dtype:
-        return torch.float32 if name.endswith(SELECTION_BIAS) else dtype
+        return torch.float32 if name.endswith(SELECTION_BIAS) or ".rotary_emb." in name else dtype
 
-    announced = {name: (str(dtype_of(name)), shape) for name, shape in expected.items()}
-    write_checkpoint(target, config, announced, lambda name: tensors[name].to(dtype_of(name)), side_files, max_shard_size)
+    def produce(name: str) -> torch.Tensor:
+        whole = tensors[name] if name in tensors else _stacked(tensors, name, architecture, family)
+        return whole.to(dtype_of(name))
+
+    announced = {name: (str(dtype_of(name)), shape) for name, shape in stored.items()}
+    write_checkpoint(target, config, announced, produce, side_files, max_shard_size)
+
+
+def _stacked(tensors: dict[str, torch.Tensor], name: str, architecture: Architecture, family: Family) -> torch.Tensor:
+    """A stack of the experts' matrices, [E, out, in] or, transposed, [E, in, out]."""
+    prefix, _, stack = name.rpartition(".")
+    matrices = [
+        torch.cat([tensors[f"{prefix}.{expert}.{matrix}"] for matrix in STACKS[stack]])
+        for expert in range(architecture.num_experts)
+    ]
+    whole = torch.stack(matrices)
+    return whole.mT.contiguous() if family.transposed else whole

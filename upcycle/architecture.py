@@ -65,6 +65,8 @@ class Architecture:
     """Frequencies that Fourier position embedding keeps and mixes; 0 where the model has none."""
     fope_by_head: bool = False
     """FoPE has a table for each key/value head, not one for all."""
+    fope_init_factor: float = 0.0
+    """Width of fresh tables of FoPE (gain of Xavier's normal distribution, added to the identity)."""
     sliding_window: int | None = None
     """Width of the attention window, or None for full attention."""
     max_position_embeddings: int = 4096

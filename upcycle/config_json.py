@@ -73,6 +73,7 @@ def read_architecture(config: Config, where: str = "config.json") -> Architectur
         mrope_section=mrope_section(rope, family.mrope_section, where),
         fope_frequencies=fope_frequencies(rope, theta, positions, head_dim, where),
         fope_by_head=bool(rope.get("fope_sep_head", False)),
+        fope_init_factor=float(rope.get("fope_init_factor") or 0.0),
         sliding_window=text.get("sliding_window") if text.get("use_sliding_window") else None,
         max_position_embeddings=positions,
         rms_norm_eps=_number(text, "rms_norm_eps", 1e-6, where),
@@ -96,46 +97,6 @@ def experts_key(text: Config, where: str = "config.json") -> str:
     if hub is not None and local is not None and hub != local:
         raise InputError(f"{where} says num_experts={hub} and num_local_experts={local}; which one holds?")
     return "num_local_experts" if hub is None and local is not None else "num_experts"
-
-
-def architecture_config(arch: Architecture) -> Config:
-    """config.json, in the form of the hub, of a fresh `qwen3_moe` model (without groups) or of a grouped child."""
-    config: Config = {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "decoder_sparse_step": arch.decoder_sparse_step,
-        "head_dim": arch.head_dim,
-        "hidden_act": "silu",
-        "hidden_size": arch.hidden_size,
-        "initializer_range": arch.initializer_range,
-        "intermediate_size": arch.intermediate_size or arch.moe_intermediate_size * arch.num_experts_per_tok,
-        "max_position_embeddings": arch.max_position_embeddings,
-        "max_window_layers": arch.num_hidden_layers,
-        "mlp_only_layers": list(arch.mlp_only_layers),
-        "model_type": "qwen3_moe",
-        "moe_intermediate_size": arch.moe_intermediate_size,
-        "norm_topk_prob": arch.norm_topk_prob,
-        "num_attention_heads": arch.num_attention_heads,
-        "num_experts": arch.num_experts,
-        "num_experts_per_tok": arch.num_experts_per_tok,
-        "num_hidden_layers": arch.num_hidden_layers,
-        "num_key_value_heads": arch.num_key_value_heads,
-        "output_router_logits": False,
-        "rms_norm_eps": arch.rms_norm_eps,
-        "rope_scaling": None,
-        "rope_theta": arch.rope_theta,
-        "router_aux_loss_coef": 0.001,
-        "sliding_window": None,
-        "tie_word_embeddings": arch.tie_word_embeddings,
-        "torch_dtype": arch.dtype,
-        "use_cache": True,
-        "use_sliding_window": False,
-        "vocab_size": arch.vocab_size,
-    }
-    if not family_of(arch.model_type).own_routing:
-        return config
-    return with_routing(grouped_config(config, arch.num_experts, arch.router_n_groups), arch)
 
 
 def with_routing(config: Config, arch: Architecture) -> Config:

@@ -1,4 +1,4 @@
-"""A model's decoder as the engine reads it, tensor by tensor and each expert's matrix for itself, wherever its bytes come from:
+"""A model as the engine reads it, tensor by tensor and each expert's matrix for itself, wherever its bytes come from:
 
 a checkpoint folder of any layout, or a parent and the plan of a child that has never been written.
 """
@@ -11,20 +11,24 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from moexpand.upcycle.architecture import Architecture
-from moexpand.upcycle.checkpoint import Checkpoint, read_range
+from moexpand.upcycle.checkpoint import CONFIG, Checkpoint, read_range
+from moexpand.upcycle.families import family_of
 from moexpand.upcycle.family import Config
 from moexpand.upcycle.matrices import read_matrix
 from moexpand.upcycle.recipe import Recipe
+from moexpand.upcycle.safetensors_file import Shape
 from moexpand.upcycle.tensors import expected_tensors
 
 if TYPE_CHECKING:
     import torch
 
+TOWER_ACTIVATION = "gelu_pytorch_tanh"
+
 EXPERT_NAME = re.compile(r"\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(.+)$")
 
 
 class Weights(Protocol):
-    """The tensors of a decoder by the names of split files."""
+    """The tensors of a model by the names of split files."""
 
     folder: Path
     """Where the bytes lie, and the side files."""
@@ -45,7 +49,7 @@ class Weights(Protocol):
 
 
 class StoredWeights:
-    """The decoder of a checkpoint folder."""
+    """The model of a checkpoint folder."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
@@ -54,7 +58,7 @@ class StoredWeights:
 
     @cached_property
     def names(self) -> list[str]:
-        return list(expected_tensors(self.architecture))
+        return list(model_tensors(self.architecture, self.config))
 
     def read_torch(self, name: str, rows: slice | None = None) -> "torch.Tensor":
         expert = expert_of(name)
@@ -67,7 +71,7 @@ class StoredWeights:
 
 
 class ExpandedWeights:
-    """The decoder of the child that a recipe describes, made while it is read; it equals the written child bit for bit.
+    """The model of the child that a recipe describes, made while it is read; it equals the written child bit for bit.
 
     The parent's expert that was read last is kept, so whoever reads by `order` reads each expert that it needs once.
     """
@@ -81,7 +85,7 @@ class ExpandedWeights:
 
     @cached_property
     def names(self) -> list[str]:
-        return list(expected_tensors(self.architecture))
+        return list(model_tensors(self.architecture, self.config))
 
     def read_torch(self, name: str, rows: slice | None = None) -> "torch.Tensor":
         expert, family = expert_of(name), self.recipe.family
@@ -121,11 +125,16 @@ def as_torch(array: np.ndarray) -> "torch.Tensor":
     return torch.from_numpy(bits if bits.flags.writeable else bits.copy()).view(getattr(torch, array.dtype.name))
 
 
+def model_tensors(architecture: Architecture, config: Config) -> dict[str, Shape]:
+    """Name and shape of everything that the engine keeps of a model: decoder, tower, tables of positions."""
+    family = family_of(architecture.model_type)
+    own = expected_tensors(architecture)
+    return own | family.carried(config, CONFIG) | family.buffers(config, CONFIG)
+
+
 def unsupported(checkpoint: Checkpoint) -> str:
-    """What of a checkpoint's decoder no forward pass here computes; empty when there is nothing."""
+    """What of a checkpoint no forward pass here computes; empty when there is nothing."""
     arch, family = checkpoint.architecture, checkpoint.family
-    if family.text:
-        return f"model_type={arch.model_type}; the engine trains text models alone (qwen3_moe and its grouped children)"
     if arch.rope_type != "default":
         return f"rope_type={arch.rope_type}; the engine computes plain rotary embedding (default) alone"
     if arch.sliding_window is not None:
@@ -134,4 +143,15 @@ def unsupported(checkpoint: Checkpoint) -> str:
         return "layers without experts (mlp_only_layers, decoder_sparse_step); the engine computes layers with experts alone"
     if checkpoint.config.get("quantization_config"):
         return "FP8 weights; the engine reads bf16, fp16 and fp32 ones"
+    if family.text and arch.vision is None:
+        return f"model_type={arch.model_type}, whose vision tower the engine does not compute"
+    if arch.vision is not None and arch.vision.hidden_act != TOWER_ACTIVATION:
+        return f"hidden_act={arch.vision.hidden_act} in vision_config; the engine computes {TOWER_ACTIVATION} alone"
+    kept = model_tensors(arch, checkpoint.config)
+    for name in family.buffers(checkpoint.config, CONFIG):
+        if name not in checkpoint.tensors:
+            return f"no {name}, a table of its position embedding"
+    for name in checkpoint.tensors:
+        if name.startswith(family.free) and name not in kept:
+            return f"{name}, which the engine has no place for"
     return ""

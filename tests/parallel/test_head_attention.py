@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from megatron.core import parallel_state
-from megatron.core.packed_seq_params import PackedSeqParams
 
 from moexpand.parallel import context, head, ranks
 from moexpand.parallel.attention import PackedAttention
+from moexpand.parallel.batch import Stream
+from moexpand.parallel.rotary import RotaryTables
 from moexpand.parallel.shape import Layout
 from tests.parallel.runs import relative
 from tests.processes import run_on_ranks
@@ -151,7 +152,8 @@ def ours(tensors: list[torch.Tensor], bounds: torch.Tensor, scale: float | None)
     attention = PackedAttention(config, softmax_scale=scale)
     leaves = [each.clone().requires_grad_() for each in tensors[:3]]
     parts = [context.split(each)[:, None] for each in leaves]
-    output = attention(*parts, None, packed_seq_params=PackedSeqParams(qkv_format="sbhd", cu_seqlens_q=bounds))
+    unturned = RotaryTables(*(parts[0].new_full((len(parts[0]), 1, HEAD_DIM), value).detach() for value in (1.0, 0.0)))
+    output = attention(*parts, None, packed_seq_params=Stream(cu_seqlens_q=bounds, rotary=unturned))
     assert output.shape == (len(parts[0]), 1, HEADS * HEAD_DIM)
     output.backward(context.split(tensors[3]).reshape(output.shape))
     whole = context.gather(output.detach()).view(STREAM, HEADS, HEAD_DIM)

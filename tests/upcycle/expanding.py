@@ -17,8 +17,8 @@ import numpy as np
 from moexpand.base.errors import MoexpandError
 from moexpand.upcycle.architecture import Architecture
 from moexpand.upcycle.checkpoint import open_checkpoint
-from moexpand.upcycle.config_json import architecture_config
 from moexpand.upcycle.folder import write_checkpoint
+from moexpand.upcycle.fresh_config import architecture_config
 from moexpand.upcycle.plan import Plan
 from moexpand.upcycle.recipe import Recipe
 from moexpand.upcycle.safetensors_file import nbytes

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from moexpand.base.errors import InputError
 from moexpand.upcycle.checkpoint import open_checkpoint
-from moexpand.upcycle.config_json import architecture_config, lmdeploy_config, read_architecture
+from moexpand.upcycle.config_json import lmdeploy_config, read_architecture
+from moexpand.upcycle.fresh_config import architecture_config
 from tests.parents import TINY, make_parent
 
 Damaged = Callable[[Path], Path]

@@ -266,7 +266,7 @@ from dataclasses import replace
 from math import prod
 from pathlib import Path
 from moexpand.upcycle.checkpoint import open_checkpoint
-from moexpand.upcycle.config_json import architecture_config
+from moexpand.upcycle.fresh_config import architecture_config
 from moexpand.upcycle.architecture import Architecture
 from moexpand.upcycle.folder import write_checkpoint
 from moexpand.upcycle.planner import Wishes, make_plan

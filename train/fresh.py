@@ -1,0 +1,77 @@
+"""The architecture of a model that is trained from scratch, from the keys `model.*`; nothing here imports torch."""
+
+from dataclasses import fields
+
+from moexpand.base.errors import InputError
+from moexpand.conf.schema import Model
+from moexpand.upcycle.architecture import Architecture, VisionArchitecture
+from moexpand.upcycle.positions import fope_frequencies
+
+
+def fresh_architecture(model: Model) -> Architecture:
+    """The architecture; keys that belong to another family are left out.
+
+    Raises:
+        InputError: sizes of the tower or of the positions that cannot be.
+    """
+    known = {field.name for field in fields(Architecture)}
+    own = {field.name: getattr(model, field.name) for field in fields(model) if field.name in known and field.name != "vision"}
+    own |= {"model_type": model.family, "mrope_section": _mrope_section(model)}
+    if model.family != "interns1_pro":
+        return Architecture(**(own | {"fope_init_factor": 0.0}), vision=_vision(model))
+    rules = {"fope_sep_head": model.fope_sep_head}
+    kept = fope_frequencies(rules, model.rope_theta, model.max_position_embeddings, model.head_dim, "model")
+    return Architecture(**own, fope_frequencies=kept, fope_by_head=model.fope_sep_head, vision=_vision(model))
+
+
+def _mrope_section(model: Model) -> tuple[int, ...]:
+    if model.family != "qwen3_vl_moe":
+        return ()
+    lanes, section = model.head_dim // 2, tuple(model.mrope_section)
+    if not section:
+        side = round(lanes * 20 / 64)
+        return (lanes - 2 * side, side, side)
+    if len(section) != 3 or sum(section) != lanes or min(section) < 0:
+        raise InputError(
+            f"model.mrope_section={list(section)} must be three numbers that add up to model.head_dim / 2 = {lanes}; "
+            "leave it out for Qwen3-VL's proportions."
+        )
+    return section
+
+
+def _vision(model: Model) -> VisionArchitecture | None:
+    if model.family == "qwen3_moe":
+        return None
+    seen = model.vision
+    side = round(seen.num_position_embeddings**0.5)
+    if side**2 != seen.num_position_embeddings:
+        raise InputError(
+            f"model.vision.num_position_embeddings={seen.num_position_embeddings} is no square number, and positions lie in "
+            f"a square; choose {side**2}."
+        )
+    if seen.hidden_size % (4 * seen.num_heads):
+        raise InputError(
+            f"model.vision.hidden_size={seen.hidden_size} is not a multiple of 4 x model.vision.num_heads={seen.num_heads}, and "
+            "a quarter of each head turns with the row and with the column."
+        )
+    layers = tuple(seen.deepstack_visual_indexes) if model.family == "qwen3_vl_moe" else ()
+    wrong = [layer for layer in layers if not 0 <= layer < seen.depth]
+    if wrong or len(set(layers)) < len(layers) or len(layers) > model.num_hidden_layers:
+        raise InputError(
+            f"model.vision.deepstack_visual_indexes={list(layers)} must name different blocks of 0 to {seen.depth - 1}, at most "
+            f"one for each of the {model.num_hidden_layers} decoder layers."
+        )
+    return VisionArchitecture(
+        depth=seen.depth,
+        hidden_size=seen.hidden_size,
+        intermediate_size=seen.intermediate_size,
+        num_heads=seen.num_heads,
+        in_channels=3,
+        patch_size=seen.patch_size,
+        temporal_patch_size=2,
+        spatial_merge_size=seen.spatial_merge_size,
+        out_hidden_size=model.hidden_size,
+        num_position_embeddings=seen.num_position_embeddings,
+        deepstack_visual_indexes=layers,
+        image_token_id=seen.image_token_id,
+    )

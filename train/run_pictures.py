@@ -1,0 +1,64 @@
+"""How the pictures of a run reach its model: the model's own settings, or the run's; nothing here imports torch."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from moexpand.base.errors import InputError
+from moexpand.base.files import read_json, write_json
+from moexpand.conf.data_schema import Pictures
+from moexpand.data.images import ImageSettings
+from moexpand.upcycle.architecture import VisionArchitecture
+from moexpand.upcycle.checkpoint import CONFIG
+from moexpand.upcycle.config_json import read_architecture
+
+SETTINGS, PROCESSOR = "preprocessor_config.json", "processor_config.json"
+
+
+def vision_of(checkpoint: str) -> VisionArchitecture | None:
+    """The tower of a checkpoint folder, from its config.json alone."""
+    file = Path(checkpoint) / CONFIG
+    return read_architecture(read_json(file), str(file)).vision
+
+
+def image_settings(pictures: Pictures, vision: VisionArchitecture | None, checkpoint: str | None) -> ImageSettings | None:
+    """The settings, or None where pictures are left out.
+
+    Raises:
+        InputError: the checkpoint's settings do not fit its tower.
+    """
+    if vision is None or pictures.images == "off":
+        return None
+    due: dict[str, Any] = {
+        "patch_size": vision.patch_size,
+        "merge_size": vision.spatial_merge_size,
+        "temporal_patch_size": vision.temporal_patch_size,
+    }
+    settings = ImageSettings(**due)
+    if checkpoint is not None and _has_settings(Path(checkpoint)):
+        settings = ImageSettings.from_checkpoint(checkpoint)
+        for name, value in due.items():
+            if getattr(settings, name) != value:
+                raise InputError(
+                    f"{checkpoint} has {name} {getattr(settings, name)} for its pictures and {value} for its vision tower; "
+                    f"correct its {SETTINGS} or {CONFIG}."
+                )
+    given: dict[str, Any] = {"min_pixels": pictures.min_pixels, "max_pixels": pictures.max_pixels}
+    return replace(settings, **{name: value for name, value in given.items() if value is not None})
+
+
+def write_settings(settings: ImageSettings, folder: Path) -> None:
+    """Let a folder's own files say these settings, where they say others or none."""
+    if _has_settings(folder):
+        if ImageSettings.from_checkpoint(folder) == settings:
+            return
+        if (folder / PROCESSOR).is_file():
+            kept = {name: value for name, value in read_json(folder / PROCESSOR).items() if name != "image_processor"}
+            write_json(folder / PROCESSOR, kept)
+    write_json(folder / SETTINGS, settings.to_fields())
+
+
+def _has_settings(folder: Path) -> bool:
+    if (folder / PROCESSOR).is_file() and read_json(folder / PROCESSOR).get("image_processor") is not None:
+        return True
+    return (folder / SETTINGS).is_file()
