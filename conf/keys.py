@@ -73,10 +73,15 @@ def keys_of(command: type, prefix: str = "") -> dict[str, Key]:
     return found
 
 
-def parts_of(command: type) -> dict[str, str]:
-    """The names of a command's nested dataclasses, each with its line of help."""
+def parts_of(command: type, prefix: str = "") -> dict[str, str]:
+    """The dotted names of a command's nested dataclasses, each with its line of help."""
+    found: dict[str, str] = {}
     types_of = typing.get_type_hints(command)
-    return {f.name: f.metadata["help"] for f in dataclasses.fields(command) if dataclasses.is_dataclass(types_of[f.name])}
+    for field in dataclasses.fields(command):
+        if dataclasses.is_dataclass(types_of[field.name]):
+            found[prefix + field.name] = field.metadata["help"]
+            found |= parts_of(typing.cast(type, types_of[field.name]), f"{prefix}{field.name}.")
+    return found
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:

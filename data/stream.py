@@ -62,7 +62,7 @@ class Reading:
     images: ImageSettings | None = None
     """None leaves images out."""
     answers_only: bool = True
-    """Follow the samples' own marks of what is trained on; without, all text is."""
+    """Follow the samples' own marks of what is trained on; without, every token counts, those of images too."""
     cache: Path | None = None
     cache_bytes: int = 0
     plans: Path | None = None
@@ -185,11 +185,7 @@ class Stream:
                 f"The sample {self.corpus.name(sample)} has {count} tokens, and its index says"
                 f" {self.lengths[sample] - 1}; build the shards again."
             )
-        trained = encoded.loss
-        if not self._reading.answers_only:
-            trained = np.ones_like(encoded.loss)
-            for begin, end in encoded.image_spans:
-                trained[begin - 1 : end + 1] = False
+        trained = encoded.loss if self._reading.answers_only else np.ones_like(encoded.loss)
         ids, loss = np.empty(count + 1, np.int32), np.empty(count + 1, bool)
         ids[:count], ids[count] = encoded.ids, self._tokenizer.eos_id
         # The end of the text is to be predicted where what comes before it is.

@@ -23,8 +23,8 @@ def architecture_config(arch: Architecture) -> Config:
 
 
 def _ungrouped(model_type: str) -> str:
-    """The type of the parents of a family's children; that of a family that knows groups itself is its own."""
-    return next(name for name, family in FAMILIES.items() if family.child == model_type and not family.auto_map)
+    """The type of the parents whose children are of this type; any other type as it is."""
+    return next((name for name, family in FAMILIES.items() if family.child == model_type != name), model_type)
 
 
 def _decoder(arch: Architecture) -> Config:

@@ -43,7 +43,8 @@ def of_command(command: str, summary: str) -> str:
         pages.append(_section("Groups (each fills several keys from a YAML file)", groups))
     pages.append(_section("Keys (??? must be given)", dict(entry(key) for key in keys.values() if "." not in key.name)))
     for part, help in parts.items():
-        pages.append(_section(f"{part}: {help}", dict(entry(key) for key in keys.values() if key.name.startswith(f"{part}."))))
+        own = [key for key in keys.values() if key.name.rpartition(".")[0] == part]
+        pages.append(_section(f"{part}: {help}", dict(entry(key) for key in own)))
     return "\n\n".join(pages)
 
 
