@@ -77,6 +77,14 @@ class Router:
 
 
 @dataclass
+class Vision:
+    freeze: list[str] = words("parts that stay: tower, projector (the mergers into the decoder), decoder")
+    tower_lr: float = key(1.0, "learning rate of the tower over that of the decoder", within="[0, inf)")
+    projector_lr: float = key(1.0, "learning rate of the projector over that of the decoder", within="[0, inf)")
+    warmup_steps: int = key(0, "first steps, in which tower and projector alone learn and the decoder stays", within="[0, inf)")
+
+
+@dataclass
 class Balance:
     coefficient: float = key(1e-3, "weight of the Switch balance loss of each layer", within="[0, inf)")
     group_coefficient: float = key(0.0, "weight of the same loss inside the groups of each layer", within="[0, inf)")
@@ -154,6 +162,7 @@ class TrainCommand:
     optim: Optim = part(Optim, "AdamW and its schedule")
     router: Router = part(Router, "how the routers learn")
     balance: Balance = part(Balance, "auxiliary losses")
+    vision: Vision = part(Vision, "how a vision tower learns")
     parallel: Parallel = part(Parallel, "layout over ranks")
     data: Data = part(Data, "shards")
     precision: Precision = part(Precision, "number formats")

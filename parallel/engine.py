@@ -22,7 +22,7 @@ from moexpand.parallel.batch import PackedBatch
 from moexpand.parallel.head import gather_vocabulary
 from moexpand.parallel.model import build_stages
 from moexpand.parallel.moe import GroupedMoELayer
-from moexpand.parallel.optimizer import AdamSettings
+from moexpand.parallel.optimizer import AdamSettings, Rates
 from moexpand.parallel.ranks import Ranks
 from moexpand.parallel.replay import Routes
 from moexpand.parallel.router import GroupedRouter
@@ -84,14 +84,14 @@ class Engine:
     def prepare_training(self, settings: AdamSettings) -> None:
         """Wrap the model for data parallelism and build the optimiser; call after `fill`."""
         self.settings = settings
+        optimizer.freeze(self.stages, settings.frozen_parts)
         self.wrapped = optimizer.wrap(self.stages, self.layout.overlap)
         self.optimizer = optimizer.build(self.wrapped, settings)
 
     def step(
         self,
         batches: Sequence[PackedBatch],
-        lr: float,
-        router_lr: float | None = None,
+        lr: float | Rates,
         routes: Sequence[np.ndarray] | None = None,
         record: bool = False,
         watch: RouterWatch | None = None,
@@ -99,7 +99,7 @@ class Engine:
         """One optimiser step on this rank's micro-batches of the global batch (equally many on every data rank).
 
         Args:
-            router_lr: learning rate of the routers; None is `lr`.
+            lr: one learning rate, or those of the parts.
             routes: experts to visit, [T, layers, K] for each micro-batch, instead of the routers' choice; given on all ranks or
                 on none.
             record: give back the routes.
@@ -108,13 +108,14 @@ class Engine:
         Raises:
             InputError: on all ranks, where the routes of one are not for this model and its micro-batches.
         """
+        rates = lr if isinstance(lr, Rates) else Rates(lr)
         if watch is None:
-            return self._step(batches, lr, router_lr, self._routes(batches, routes, record))
+            return self._step(batches, rates, self._routes(batches, routes, record))
         with phases.measured() as seconds, watch.watching(self.routers):
-            report = self._step(batches, lr, router_lr, self._routes(batches, routes, record))
+            report = self._step(batches, rates, self._routes(batches, routes, record))
         return replace(report, seconds=dict(seconds), watched=watch.take(self.shape.num_hidden_layers))
 
-    def _step(self, batches: Sequence[PackedBatch], lr: float, router_lr: float | None, routes: Routes | None) -> StepReport:
+    def _step(self, batches: Sequence[PackedBatch], rates: Rates, routes: Routes | None) -> StepReport:
         for wrapped in self.wrapped:
             wrapped.train()
             wrapped.zero_grad_buffer()
@@ -127,7 +128,7 @@ class Engine:
         for layer in self.moe_layers:
             layer.end_passes()
         with phases.timed("optimizer"):
-            optimizer.set_learning_rate(self.optimizer, lr, lr if router_lr is None else router_lr)
+            optimizer.set_learning_rates(self.optimizer, rates)
             grad_norm, updated = optimizer.update(self.optimizer)
         table, rank_rows = self._statistics()
         for layer in self.moe_layers:

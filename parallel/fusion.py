@@ -103,6 +103,9 @@ def _features(pictures: Pictures | None, tower: VisionTower) -> torch.Tensor:
 def _nothing(tower: VisionTower) -> torch.Tensor:
     """No feature, [0, 1 + D, H], by way of all of the tower: every parameter gets a gradient on every rank, if of zero."""
     shape, merge = tower.shape, tower.shape.spatial_merge_size
+    if not torch.is_grad_enabled() or not any(parameter.requires_grad for parameter in tower.parameters()):
+        features = 1 + len(shape.deepstack_visual_indexes)
+        return torch.zeros(0, features, shape.out_hidden_size, dtype=tower.dtype, device=tower.pos_embed.weight.device)
     width = shape.in_channels * shape.temporal_patch_size * shape.patch_size**2
     blank = torch.zeros(merge**2, width, device=tower.pos_embed.weight.device)
     return tower(blank, [(1, merge, merge)])[:0]

@@ -28,6 +28,37 @@ class AdamSettings:
     clip_grad: float = 1.0
     frozen_routers: bool = False
     """The routers' weights stay; their gradients must be zero."""
+    frozen_parts: tuple[str, ...] = ()
+    """Parts (keys of `PARTS`, or `decoder` for all else) that have no gradients and stay."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Learning rates by part; None is that of the decoder."""
+
+    decoder: float
+    routers: float | None = None
+    tower: float | None = None
+    projector: float | None = None
+
+
+PARTS = {"projector": ("vision.merger.", "vision.deepstack_merger_list."), "tower": ("vision.",)}
+"""Beginnings of the names, in a stage, of parameters that have a learning rate of their own; the first that fits counts."""
+
+_TAGS = {"tower": 2.0, "projector": 3.0}
+"""Megatron-Core tells parameter groups apart by a few of their fields; `lr_mult`, which is not used as such, marks ours."""
+
+
+def part_of(name: str) -> str:
+    """The part that a stage's parameter belongs to: a key of `PARTS`, or `decoder`."""
+    return next((part for part, beginnings in PARTS.items() if name.startswith(beginnings)), "decoder")
+
+
+def freeze(stages: Sequence[Stage], parts: tuple[str, ...]) -> None:
+    """Take parts out of training, before the stages are wrapped."""
+    for stage in stages:
+        for name, parameter in stage.named_parameters():
+            parameter.requires_grad_(part_of(name) not in parts)
 
 
 def wrap(stages: Sequence[Stage], overlap: bool) -> list[DistributedDataParallel]:
@@ -70,7 +101,7 @@ def weights_settled(wrapped: Sequence[DistributedDataParallel]) -> Iterator[None
 def build(wrapped: Sequence[DistributedDataParallel], settings: AdamSettings) -> Any:
     """The optimiser over all parameters, its states split over data-parallel ranks (experts: expert-data-parallel ranks).
 
-    Routers are a parameter group of their own, told by Megatron-Core's `is_decoupled_lr`.
+    Routers are a parameter group of their own, told by Megatron-Core's `is_decoupled_lr`; so are tower and projector.
     """
     dtype = wrapped[0].config.params_dtype
     cpu.enable()
@@ -89,11 +120,15 @@ def build(wrapped: Sequence[DistributedDataParallel], settings: AdamSettings) ->
         use_distributed_optimizer=True,
         clip_grad=settings.clip_grad,
     )
-    routers = ParamKey(name="*.mlp.router.weight")
+    own: dict[ParamKey, dict[str, Any]] = {ParamKey(name="*.mlp.router.weight"): {"is_decoupled_lr": True}}
+    for part, tag in _TAGS.items():
+        names = [name for each in wrapped for name, _ in each.named_parameters() if part_of(name.removeprefix("module.")) == part]
+        if names:
+            own[ParamKey(name=tuple(names))] = {"lr_mult": tag}
     optimizer = get_megatron_optimizer(
         config,
         list(wrapped),
-        config_overrides=get_standard_config_overrides(config) | {routers: {"is_decoupled_lr": True}},
+        config_overrides=get_standard_config_overrides(config) | own,
         use_gloo_process_groups=torch.cuda.is_available(),
     )
     if dtype == torch.float64:
@@ -139,7 +174,10 @@ def _copy_gradients(optimizer: Any) -> None:
             shard.grad = parameter.main_grad.view(-1)[held.start : held.end]
 
 
-def set_learning_rate(optimizer: Any, lr: float, router_lr: float) -> None:
-    """Set the learning rates of the routers and of all other parameters."""
+def set_learning_rates(optimizer: Any, rates: Rates) -> None:
+    """Set the learning rate of every part."""
+    own = {"router": rates.routers, **{part: getattr(rates, part) for part in _TAGS}}
+    part_of_tag = {tag: part for part, tag in _TAGS.items()}
     for group in optimizer.param_groups:
-        group["lr"] = router_lr if group["is_decoupled_lr"] else lr
+        rate = own.get("router" if group["is_decoupled_lr"] else part_of_tag.get(group["lr_mult"], "decoder"))
+        group["lr"] = rates.decoder if rate is None else rate

@@ -14,6 +14,7 @@ from moexpand.data.loader import PackedData
 from moexpand.parallel import checkpoint, cpu, ranks
 from moexpand.parallel.batch import PackedBatch
 from moexpand.parallel.engine import Engine
+from moexpand.parallel.optimizer import Rates
 from moexpand.train import checkpoints, setup
 from moexpand.train.batches import Batches
 from moexpand.train.checkpoints import Progress
@@ -22,7 +23,7 @@ from moexpand.train.evaluation import HeldOut
 from moexpand.train.metrics import console_line, source_row, step_row
 from moexpand.train.preflight import PLAN, Source
 from moexpand.train.records import Records
-from moexpand.train.schedules import learning_rate, router_multiplier
+from moexpand.train.schedules import decoder_multiplier, learning_rate, router_multiplier
 from moexpand.train.signals import StopRequest
 from moexpand.train.telemetry import Telemetry, telemetry_notes
 from moexpand.upcycle.plan import row_per_line
@@ -65,11 +66,13 @@ def train(config: TrainCommand, source: Source, data: PackedData, here: ranks.Ra
             batches = [PackedBatch.from_arrays(each, cpu.device(), engine.shape, data.pixel_table) for each in next(read)]
             _tell_bad_samples(data, told, display.say if here.main else print)
             lr = learning_rate(config.optim, progress.step, steps)
-            router_lr = lr * router_multiplier(config.router, progress.step)
-            report = engine.step(batches, lr, router_lr, watch=telemetry.watch(progress.step + 1))
+            rates = rates_at(config, progress.step, lr)
+            report = engine.step(batches, rates, watch=telemetry.watch(progress.step + 1))
             progress = replace(progress, step=progress.step + 1, tokens=progress.tokens + report.tokens)
             seconds, groups = time.perf_counter() - began, source.architecture.router_n_groups
-            row = step_row(report, progress, lr, router_lr, seconds, read.waited, groups) | telemetry.row(progress.step, report)
+            row = step_row(report, progress, rates, seconds, read.waited, groups) | telemetry.row(progress.step, report)
+            if source.architecture.vision is not None:
+                row |= {"tower_lr": rates.tower, "projector_lr": rates.projector}
             if here.main:
                 row |= source_row(data, progress.step)
             records.step(row)
@@ -84,6 +87,17 @@ def train(config: TrainCommand, source: Source, data: PackedData, here: ranks.Ra
                     f"Stopped by a signal after step {progress.step} of {steps}; a checkpoint is saved, start again to go on."
                 )
             evaluate()
+
+
+def rates_at(config: TrainCommand, step: int, lr: float) -> Rates:
+    """The learning rates of all parts at a step (0-based) for which the schedule says `lr`."""
+    decoder = lr * decoder_multiplier(config.vision, step)
+    return Rates(
+        decoder=decoder,
+        routers=decoder * router_multiplier(config.router, step),
+        tower=lr * config.vision.tower_lr,
+        projector=lr * config.vision.projector_lr,
+    )
 
 
 def _tell_bad_samples(data: PackedData, told: set[str], say: Callable[[str], None]) -> None:
@@ -106,21 +120,21 @@ def _bad_of_all_ranks(data: PackedData) -> list[dict[str, str]]:
 
 def _start(config: TrainCommand, source: Source, data: PackedData, here: ranks.Ranks) -> tuple[Engine, Progress, list[str]]:
     """The engine as it stood at the newest checkpoint, or with the weights that the run starts from."""
-    fixed, noted = setup.fixed_settings(config, source, data), setup.noted_settings(config)
+    fixed, noted = setup.fixed_settings(config, source, data), setup.noted_settings(config, source)
     folder, notes = checkpoints.choose(Path(config.run.dir), config.run.resume, here)
     engine = setup.build_engine(config, source, here)
     notes += setup.layout_notes(config, source)
     if folder is None:
         setup.fill(engine, source, config.seed)
         notes += setup.rounded_routers(config, source)
-        engine.prepare_training(setup.adam_of(config.optim, config.router))
+        engine.prepare_training(setup.adam_of(config))
         return engine, Progress(0, 0, fixed, noted, ranks.broadcast(checkpoints.new_identity())), notes
     progress = checkpoints.read_progress(folder)
     notes += checkpoints.compare(progress, fixed, noted, folder)
     if any(progress.bad):
         data.learn_bad(progress.bad)
         notes.append(f"{sum(map(len, progress.bad))} unreadable samples met before still count for data.max_bad_fraction")
-    engine.prepare_training(setup.adam_of(config.optim, config.router))
+    engine.prepare_training(setup.adam_of(config))
     checkpoint.load(engine, folder)
     notes.append(f"going on from {folder} (step {progress.step} of {config.train.steps})")
     return engine, replace(progress, noted=noted), notes

@@ -10,6 +10,7 @@ import torch
 
 from moexpand.data.loader import PackedData
 from moexpand.parallel.engine import StepReport
+from moexpand.parallel.optimizer import Rates
 from moexpand.train.checkpoints import Progress
 from moexpand.train.tables import EVALUATIONS as EVALUATIONS
 from moexpand.train.tables import METRICS as METRICS
@@ -53,8 +54,7 @@ def rank_metrics(rank_rows: torch.Tensor) -> dict[str, float]:
 def step_row(
     report: StepReport,
     progress: Progress,
-    lr: float,
-    router_lr: float,
+    rates: Rates,
     seconds: float,
     data_seconds: float,
     groups: int,
@@ -71,8 +71,8 @@ def step_row(
         "tokens": progress.tokens,
         "loss": report.loss,
         "grad_norm": report.grad_norm,
-        "lr": lr,
-        "router_lr": router_lr,
+        "lr": rates.decoder,
+        "router_lr": rates.decoder if rates.routers is None else rates.routers,
         "tokens_per_second": report.tokens / seconds,
         "seconds": seconds,
         "data_seconds": data_seconds,

@@ -2,7 +2,7 @@
 
 import math
 
-from moexpand.conf.schema import Optim, Router
+from moexpand.conf.schema import Optim, Router, Vision
 
 
 def learning_rate(optim: Optim, step: int, steps: int) -> float:
@@ -31,3 +31,8 @@ def router_multiplier(router: Router, step: int) -> float:
     if router.freeze:
         return 0.0
     return router.lr_multiplier * min(1.0, (step + 1) / max(1, router.warmup_steps))
+
+
+def decoder_multiplier(vision: Vision, step: int) -> float:
+    """0 while tower and projector warm up alone at step `step` (0-based), 1 afterwards; of the decoder and its routers."""
+    return float(step >= vision.warmup_steps)

@@ -1,10 +1,11 @@
 """From a configuration to the engine of a run."""
 
+import json
 from dataclasses import asdict, fields
 from typing import Any
 
 from moexpand.conf.layers import layer_factors
-from moexpand.conf.schema import Optim, Parallel, Router, TrainCommand
+from moexpand.conf.schema import Parallel, TrainCommand
 from moexpand.data.loader import PackedData
 from moexpand.data.packing import PACKING
 from moexpand.parallel.engine import Engine
@@ -74,10 +75,11 @@ def rounded_routers(config: TrainCommand, source: Source) -> list[str]:
     return ["WARNING: the routers are stored in float32 and precision=bf16 rounds them: noise below 0.002 of a row's RMS is lost"]
 
 
-def adam_of(optim: Optim, router: Router) -> AdamSettings:
+def adam_of(config: TrainCommand) -> AdamSettings:
     """The engine's optimiser settings."""
+    optim = config.optim
     shared = {field.name: getattr(optim, field.name) for field in fields(AdamSettings) if hasattr(optim, field.name)}
-    return AdamSettings(**shared, frozen_routers=router.freeze)
+    return AdamSettings(**shared, frozen_routers=config.router.freeze, frozen_parts=tuple(config.vision.freeze))
 
 
 def layout_notes(config: TrainCommand, source: Source) -> list[str]:
@@ -89,6 +91,10 @@ def layout_notes(config: TrainCommand, source: Source) -> list[str]:
         f"note: parallel.expert={expert} does not divide the {groups} groups: every group still gets as many tokens, but "
         "a rank's share of its group depends on the routing"
     ]
+
+
+_SINCE_PICTURES = ("mrope_section", "fope_frequencies", "fope_by_head", "fope_init_factor", "vision")
+"""Fields of an architecture that runs of earlier versions did not note, for models without them."""
 
 
 def fixed_settings(config: TrainCommand, source: Source, data: PackedData) -> dict[str, Any]:
@@ -105,15 +111,19 @@ def fixed_settings(config: TrainCommand, source: Source, data: PackedData) -> di
         "tokenizer": data.fingerprint,
         "the samples of the shards": data.corpus_fingerprint,
         "the rules of packing": PACKING,
+        **({"vision.freeze": sorted(config.vision.freeze)} if config.vision.freeze else {}),
         **{
-            f"the model's {name}": list(value) if isinstance(value, tuple) else value
+            f"the model's {name}": json.loads(json.dumps(value))  # as it comes back from the checkpoint
             for name, value in asdict(source.architecture).items()
-            if name != "dtype"
+            if name != "dtype" and (value or name not in _SINCE_PICTURES)
         },
     }
 
 
-def noted_settings(config: TrainCommand) -> dict[str, Any]:
+def noted_settings(config: TrainCommand, source: Source) -> dict[str, Any]:
     """What may change when a run goes on and is then told, as it bends the curve."""
     groups = {"optim": asdict(config.optim), "router": asdict(config.router), "balance": asdict(config.balance)}
-    return {f"{name}.{key}": value for name, group in groups.items() for key, value in group.items()}
+    noted = {f"{name}.{key}": value for name, group in groups.items() for key, value in group.items()}
+    if source.architecture.vision is not None:
+        noted |= {f"vision.{key}": value for key, value in asdict(config.vision).items() if key != "freeze"}
+    return noted

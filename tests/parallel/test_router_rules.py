@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from moexpand.parallel.optimizer import Rates
 from tests import closed_form
 from tests.parallel import runs
 from tests.parallel.legs import Leg, legs
@@ -62,7 +63,7 @@ def test_the_routers_learn_at_their_own_rate(tiny: Path) -> None:
         with runs.engine(tiny, {}, LOSSES | {"gradient": "ste"}, "fp64", SHAPE) as built:
             runs.prepare(built, clip_grad=0.0, weight_decay=0.1, eps=1e-8)
             before = _weights(built)
-            built.step(runs.device_batches(built, 0), lr, router_lr)
+            built.step(runs.device_batches(built, 0), Rates(lr, routers=router_lr))
             after = _weights(built)
         assert gradients.keys() == after.keys()
         for name, g in gradients.items():

@@ -10,6 +10,7 @@ import torch
 
 from moexpand.base.errors import EnvironmentFailure
 from moexpand.parallel.engine import StepReport
+from moexpand.parallel.optimizer import Rates
 from moexpand.train.checkpoints import Progress
 from moexpand.train.metrics import Table, console_line, load_metrics, read_rows, step_row
 
@@ -52,7 +53,7 @@ def test_a_row_holds_what_others_read_and_the_line_what_people_read() -> None:
         rank_rows=torch.tensor([30.0, 10.0], dtype=torch.float64),
     )
     progress = Progress(step=7, tokens=123, fixed={}, noted={}, wandb_id="")
-    row = json.loads(json.dumps(step_row(report, progress, lr=1e-3, router_lr=2e-3, seconds=2.0, data_seconds=0.5, groups=2)))
+    row = json.loads(json.dumps(step_row(report, progress, Rates(1e-3, routers=2e-3), seconds=2.0, data_seconds=0.5, groups=2)))
     names = "step tokens loss grad_norm lr tokens_per_second data_seconds skipped"
     assert [row[name] for name in names.split()] == [7, 123, 2.0 / 3.0, 1.5, 1e-3, 25.0, 0.5, 1]
     assert (row["moe/balance_loss"], row["moe/group_balance_loss"], row["moe/z_loss"]) == (1.5, 2.0, 5.0)

@@ -1,0 +1,61 @@
+"""Settings of a vision tower that cannot work with each other, the model or the layout; see check.py."""
+
+from typing import Protocol
+
+from moexpand.base.errors import InputError
+from moexpand.conf.schema import Parallel, TrainCommand, Vision
+
+PARTS = ("tower", "projector", "decoder")
+
+
+class Tower(Protocol):
+    """What layouts depend on of a tower, under the names of its Hugging Face config."""
+
+    @property
+    def deepstack_visual_indexes(self) -> tuple[int, ...]: ...
+
+
+def check_vision(config: TrainCommand, tower: Tower | None) -> None:
+    """Check how tower, projector and decoder learn, for a model with this tower or with none.
+
+    Raises:
+        InputError: the first combination that cannot work.
+    """
+    vision = config.vision
+    if tower is None:
+        for name in vars(Vision()):
+            if getattr(vision, name) != getattr(Vision(), name):
+                raise InputError(
+                    f"vision.{name}={getattr(vision, name)} is for a model with a vision tower and this one has none."
+                )
+        return
+    unknown = [part for part in vision.freeze if part not in PARTS]
+    if unknown:
+        raise InputError(f"vision.freeze names {unknown[0]}; the parts are {', '.join(PARTS)}.")
+    if set(vision.freeze) == set(PARTS):
+        raise InputError(f"vision.freeze=[{','.join(vision.freeze)}] leaves nothing that learns.")
+    for part in ("tower", "projector"):
+        if part in vision.freeze and getattr(vision, f"{part}_lr") != 1.0:
+            raise InputError(
+                f"vision.{part}_lr has no effect with vision.freeze=[{','.join(vision.freeze)}]; leave one of them out."
+            )
+    if vision.warmup_steps and {"tower", "projector"} <= set(vision.freeze):
+        raise InputError(f"vision.warmup_steps={vision.warmup_steps} trains tower and projector, and both are frozen.")
+    if vision.warmup_steps > config.train.steps:
+        raise InputError(f"vision.warmup_steps={vision.warmup_steps} is more than train.steps={config.train.steps}.")
+
+
+def check_deepstack(parallel: Parallel, tower: Tower | None, layers: int) -> None:
+    """DeepStack's features are where the tower is, on the first part of the pipeline; so must be the layers that take them.
+
+    Raises:
+        InputError: that part has too few layers.
+    """
+    deep = len(tower.deepstack_visual_indexes) if tower is not None else 0
+    parts = parallel.pipeline * parallel.interleave
+    if layers // parts < deep:
+        raise InputError(
+            f"DeepStack adds features to the first {deep} layers, and with parallel.pipeline={parallel.pipeline} and "
+            f"parallel.interleave={parallel.interleave} the first part has {layers // parts}; their product may be at most "
+            f"{layers // deep}."
+        )
