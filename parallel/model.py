@@ -163,7 +163,7 @@ def _build_stage(shape: ModelShape, layout: Layout, rules: RouterRules, config: 
         recompute=layout.recompute == "full",
     )
     _mark_split_parameters(stage)
-    return stage.to(cpu.device())
+    return stage if stage.rotary.frequencies.is_meta else stage.to(cpu.device())
 
 
 def _mark_split_parameters(model: Stage) -> None:

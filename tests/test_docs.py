@@ -131,13 +131,14 @@ def test_every_metric_is_explained() -> None:
     import torch
 
     from moexpand.parallel.engine import StepReport
+    from moexpand.parallel.optimizer import Rates
     from moexpand.train.checkpoints import Progress
     from moexpand.train.metrics import step_row
 
     counts = torch.ones(2, 8, dtype=torch.float64)
     report = StepReport(1.0, 1, 1.0, False, counts, *(torch.ones(2) for _ in range(4)))
     text = (ROOT / "docs/training.md").read_text()
-    missing = [name for name in step_row(report, Progress(1, 1, {}, {}, ""), 1e-3, 1e-3, 1.0, 0.0, 2) if f"`{name}`" not in text]
+    missing = [name for name in step_row(report, Progress(1, 1, {}, {}, ""), Rates(1e-3), 1.0, 0.0, 2) if f"`{name}`" not in text]
     assert not missing
 
 

@@ -55,33 +55,32 @@ QWEN3_VL_MOE_GROUPED = replace(
 
 FAMILIES = (QWEN3_VL_MOE, QWEN3_VL_MOE_GROUPED)
 
-PRESETS = {
-    "Qwen3-VL-235B-A22B": {
+_COMMON = {
+    "attention_bias": False,
+    "decoder_sparse_step": 1,
+    "dtype": "bfloat16",
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "max_position_embeddings": 262_144,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_vl_moe_text",
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-6,
+    "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"},
+    "rope_theta": 5_000_000.0,
+    "vocab_size": 151_936,
+}
+
+
+def _published(hidden: int, **text: int) -> Config:
+    return {
         "architectures": ["Qwen3VLMoeForConditionalGeneration"],
         "model_type": "qwen3_vl_moe",
+        "image_token_id": 151_655,
         "tie_word_embeddings": False,
-        "text_config": {
-            "attention_bias": False,
-            "decoder_sparse_step": 1,
-            "dtype": "bfloat16",
-            "head_dim": 128,
-            "hidden_act": "silu",
-            "hidden_size": 4096,
-            "intermediate_size": 12_288,
-            "max_position_embeddings": 262_144,
-            "mlp_only_layers": [],
-            "model_type": "qwen3_vl_moe_text",
-            "moe_intermediate_size": 1536,
-            "num_attention_heads": 64,
-            "num_experts": 128,
-            "num_experts_per_tok": 8,
-            "num_hidden_layers": 94,
-            "num_key_value_heads": 4,
-            "rms_norm_eps": 1e-6,
-            "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"},
-            "rope_theta": 5_000_000.0,
-            "vocab_size": 151_936,
-        },
+        "text_config": _COMMON | {"hidden_size": hidden} | text,
         "vision_config": {
             "deepstack_visual_indexes": [8, 16, 24],
             "depth": 27,
@@ -92,10 +91,19 @@ PRESETS = {
             "model_type": "qwen3_vl_moe",
             "num_heads": 16,
             "num_position_embeddings": 2304,
-            "out_hidden_size": 4096,
+            "out_hidden_size": hidden,
             "patch_size": 16,
             "spatial_merge_size": 2,
             "temporal_patch_size": 2,
         },
     }
+
+
+PRESETS = {
+    "Qwen3-VL-30B-A3B": _published(
+        2048, intermediate_size=6144, moe_intermediate_size=768, num_attention_heads=32, num_hidden_layers=48
+    ),
+    "Qwen3-VL-235B-A22B": _published(
+        4096, intermediate_size=12_288, moe_intermediate_size=1536, num_attention_heads=64, num_hidden_layers=94
+    ),
 }
