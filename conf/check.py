@@ -156,11 +156,28 @@ def _check_stages(parallel: Parallel, layers: int) -> None:
         raise InputError(
             f"parallel.interleave={interleave} cuts pipeline stages in parts and parallel.pipeline=1; give parallel.interleave=1."
         )
+    ends = {name: getattr(parallel, name) for name in ("first_layers", "last_layers") if getattr(parallel, name)}
+    if ends:
+        _check_ends(parallel, layers, ends)
+        return
     if layers % (pipeline * interleave):
         parts = f"parallel.pipeline={pipeline}" + (f" x parallel.interleave={interleave}" if interleave > 1 else "")
         raise InputError(
             f"num_hidden_layers={layers} is not a multiple of {parts}, and every stage holds as many layers; "
-            f"their product must be one of {_divisors(layers)}."
+            f"their product must be one of {_divisors(layers)}, or give parallel.first_layers or parallel.last_layers."
+        )
+
+
+def _check_ends(parallel: Parallel, layers: int, ends: dict[str, int]) -> None:
+    """Stages of other sizes at the beginning and the end of the pipeline."""
+    told = " and ".join(f"parallel.{name}={count}" for name, count in ends.items())
+    if parallel.interleave > 1:
+        raise InputError(f"{told} is for whole stages and parallel.interleave={parallel.interleave} cuts them; leave one out.")
+    between, rest = parallel.pipeline - len(ends), layers - sum(ends.values())
+    if between < 0 or rest < 0 or (rest % between if between else rest):
+        raise InputError(
+            f"{told} of num_hidden_layers={layers} leave {rest} layers for {max(between, 0)} other stages of "
+            f"parallel.pipeline={parallel.pipeline}, which hold equally many; choose other numbers."
         )
 
 

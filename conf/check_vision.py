@@ -52,10 +52,13 @@ def check_deepstack(parallel: Parallel, tower: Tower | None, layers: int) -> Non
         InputError: that part has too few layers.
     """
     deep = len(tower.deepstack_visual_indexes) if tower is not None else 0
-    parts = parallel.pipeline * parallel.interleave
-    if layers // parts < deep:
+    first = parallel.first_layers
+    if not first:
+        between = parallel.pipeline - bool(parallel.last_layers)
+        first = (layers - parallel.last_layers) // (between * parallel.interleave)
+    if first < deep:
         raise InputError(
             f"DeepStack adds features to the first {deep} layers, and with parallel.pipeline={parallel.pipeline} and "
-            f"parallel.interleave={parallel.interleave} the first part has {layers // parts}; their product may be at most "
-            f"{layers // deep}."
+            f"parallel.interleave={parallel.interleave} the first part has {first}; choose smaller ones, or "
+            f"parallel.first_layers={deep} or more."
         )

@@ -101,6 +101,8 @@ class Parallel:
     tensor: int = key(1, "tensor-parallel ranks (TP); more than one turns sequence parallelism on", within="[1, inf)")
     expert_tensor: int = key(1, "tensor-parallel ranks inside an expert (ETP)", within="[1, inf)")
     pipeline: int = key(1, "pipeline stages (PP)", within="[1, inf)")
+    first_layers: int = key(0, "layers of the first pipeline stage; 0: as many as each other stage", within="[0, inf)")
+    last_layers: int = key(0, "layers of the last pipeline stage; 0: as many as each other stage", within="[0, inf)")
     interleave: int = key(1, "parts of a pipeline stage that lie apart in the model (interleaved schedule)", within="[1, inf)")
     context: int = key(1, "context-parallel ranks (CP)", within="[1, inf)")
     dispatcher: str = key("alltoall", "how tokens reach experts on other ranks", DISPATCHERS)

@@ -77,6 +77,8 @@ def transformer_config(shape: ModelShape, layout: Layout, dtype: torch.dtype) ->
         bf16=dtype == torch.bfloat16,
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        num_layers_in_first_pipeline_stage=layout.first_layers or None,
+        num_layers_in_last_pipeline_stage=layout.last_layers or None,
         virtual_pipeline_model_parallel_size=layout.interleave if layout.interleave > 1 else None,
         # Batched sends and receives mix up the two directions where a stage's neighbours are one and the same rank.
         overlap_p2p_comm=layout.interleave > 1,

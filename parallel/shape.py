@@ -66,12 +66,15 @@ class Layout:
     """Sizes of the parallel groups. The world is TP x CP x PP x DP and, for the experts, ETP x EP x PP x expert-DP.
 
     Attributes:
+        first_layers, last_layers: layers of the first and the last pipeline stage, where they have not as many as the others.
         interleave: parts of a pipeline stage that lie apart in the model (interleaved schedule); 1 is the plain schedule.
         overlap: communicate while computing, where Megatron-Core can.
     """
 
     tensor: int = 1
     pipeline: int = 1
+    first_layers: int = 0
+    last_layers: int = 0
     interleave: int = 1
     context: int = 1
     expert: int = 1

@@ -8,6 +8,7 @@ TWO: dict[str, dict[str, Any]] = {
     "DP2": {},
     "DP2 overlap": {"overlap": True},
     "PP2": {"pipeline": 2},
+    "PP2 of 1 and 3 layers": {"pipeline": 2, "first_layers": 1},
     "PP2 recomputed": {"pipeline": 2, "recompute": "full"},
     "PP2 experts recomputed": {"pipeline": 2, "recompute": "selective"},
     "PP2 interleaved": {"pipeline": 2, "interleave": 2},

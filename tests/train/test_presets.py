@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from moexpand.conf.check import check_train
+from moexpand.conf.check_vision import check_deepstack, check_vision
 from moexpand.conf.compose import compose
 from moexpand.train.fresh import fresh_architecture
 from moexpand.upcycle.architecture import Architecture
@@ -98,3 +100,19 @@ def test_a_tiny_preset_has_the_features_of_its_model(preset: str) -> None:
     if tiny.vision is not None and large.vision is not None:
         assert bool(tiny.vision.deepstack_visual_indexes) == bool(large.vision.deepstack_visual_indexes)
         assert tiny.vision.patch_size == large.vision.patch_size
+
+
+@pytest.mark.parametrize(("experiment", "ranks", "gigabytes"), [("continue_1t_256", 256, 89), ("continue_1t_2048", 2048, 51)])
+def test_the_full_size_experiments_fit_their_ranks(experiment: str, ranks: int, gigabytes: int) -> None:
+    """A child of Qwen3-VL-235B-A22B, and a fresh Intern-S1-Pro, by the checks that a run starts with."""
+    child = replace(architecture("qwen3_vl_235b_a22b"), num_experts=512, router_n_groups=8)
+    config = compose("train", ["data.shards=x", "run.dir=y", f"experiment={experiment}"])
+    for arch in (child, architecture("interns1_pro")):
+        check_train(config, arch, ranks)
+        check_vision(config, arch.vision)
+        check_deepstack(config.parallel, arch.vision, arch.num_hidden_layers)
+    parallel, experts = config.parallel, 94 * 512 * 3 * 4096 * 1536
+    others = 917_107_059_440 - experts
+    stages, holders = parallel.pipeline, parallel.expert * parallel.pipeline
+    found = others / stages * (6 + 12 * stages / ranks) + experts / holders * (6 + 12 * holders / ranks)
+    assert round(found / 1e9) == gigabytes
