@@ -9,7 +9,7 @@ from omegaconf import MISSING
 
 from moexpand.conf.data_schema import CalibrateData, Data, DataBuildCommand, DataIndexCommand, DataInspectCommand
 from moexpand.conf.fields import key, part, words
-from moexpand.conf.model_schema import Model
+from moexpand.conf.model_schema import Model, VisionModel
 
 PLACEMENTS = (
     "quarters_spread",
@@ -230,6 +230,42 @@ class UpcycleCommand:
 
 
 @dataclass
+class Measure:
+    shards: str | None = key(None, "shards on which source and target are compared; not given: nothing is measured")
+    tokens: int = key(16_384, "tokens to compare on; whole sequences, so a few less or more", within="[1, inf)")
+    seq_length: int = key(1024, "tokens of a packed sequence", within="[2, inf)")
+
+
+@dataclass
+class ConvertCommand:
+    """Make another kind of model of a checkpoint: its text alone, Intern-S1-Pro's kind, other positions, a fresh tower."""
+
+    source: str = key(MISSING, "Hugging Face folder")
+    target: str = key(MISSING, "folder to write; must not exist")
+    family: str = key(
+        "same", "the target's kind: same, qwen3_moe (text alone) or interns1_pro", ("same", "qwen3_moe", "interns1_pro")
+    )
+    positions: str = key("same", "same, or fope: Fourier positions instead of rotary ones (interns1_pro)", ("same", "fope"))
+    compensate: bool = key(True, "with fope: scale q_norm and k_norm so that what it leaves out counts in the scores as before")
+    fope_init_factor: float = key(0.0, "with fope: width of the tables' noise; 0 is the identity", within="[0, inf)")
+    fope_sep_head: bool = key(True, "with fope: a table for each key/value head, not one for all")
+    rope_theta: float | None = key(None, "with fope: base of the frequencies; not given: the source's", within="(0, inf)")
+    max_position_embeddings: int | None = key(
+        None, "with fope: longest sequence, by which slow frequencies are left out; not given: the source's", within="[1, inf)"
+    )
+    tower: str = key("same", "same, or fresh: a new vision tower of the sizes in `vision`", ("same", "fresh"))
+    vision: VisionModel = part(VisionModel, "sizes of a fresh tower")
+    seed: int = key(0, "seed of fresh tables and towers", within="[0, 4294967295]")
+    measure: Measure = part(Measure, "what the conversion costs at step 0")
+    processes: int = key(1, "workers on this machine, for measuring", within="[1, inf)")
+    parallel: Parallel = part(Parallel, "layout over ranks, for measuring")
+    precision: Precision = part(Precision, "number formats, for measuring")
+    max_shard_size: str = key("5GB", "largest output file")
+    plain: bool = key(False, "plain lines even on a terminal")
+    debug: bool = key(False, "print tracebacks")
+
+
+@dataclass
 class CalibrateCommand:
     """Run a parent over shards and write how it routes."""
 
@@ -321,6 +357,7 @@ class LogitsCommand:
 COMMANDS: dict[str, type] = {
     "train": TrainCommand,
     "upcycle": UpcycleCommand,
+    "convert": ConvertCommand,
     "calibrate": CalibrateCommand,
     "verify": VerifyCommand,
     "count": CountCommand,

@@ -3,7 +3,7 @@
 from dataclasses import fields
 
 from moexpand.base.errors import InputError
-from moexpand.conf.schema import Model
+from moexpand.conf.model_schema import Model, VisionModel
 from moexpand.upcycle.architecture import Architecture, VisionArchitecture
 from moexpand.upcycle.positions import fope_frequencies
 
@@ -42,24 +42,35 @@ def _mrope_section(model: Model) -> tuple[int, ...]:
 def _vision(model: Model) -> VisionArchitecture | None:
     if model.family == "qwen3_moe":
         return None
-    seen = model.vision
+    deepstack = model.family == "qwen3_vl_moe"
+    return fresh_tower(model.vision, model.hidden_size, model.num_hidden_layers, deepstack)
+
+
+def fresh_tower(
+    seen: VisionModel, hidden_size: int, layers: int, deepstack: bool, key: str = "model.vision"
+) -> VisionArchitecture:
+    """A tower for a decoder of this width and depth, with DeepStack or without.
+
+    Raises:
+        InputError: sizes that cannot be; `key` is where they come from.
+    """
     side = round(seen.num_position_embeddings**0.5)
     if side**2 != seen.num_position_embeddings:
         raise InputError(
-            f"model.vision.num_position_embeddings={seen.num_position_embeddings} is no square number, and positions lie in "
+            f"{key}.num_position_embeddings={seen.num_position_embeddings} is no square number, and positions lie in "
             f"a square; choose {side**2}."
         )
     if seen.hidden_size % (4 * seen.num_heads):
         raise InputError(
-            f"model.vision.hidden_size={seen.hidden_size} is not a multiple of 4 x model.vision.num_heads={seen.num_heads}, and "
+            f"{key}.hidden_size={seen.hidden_size} is not a multiple of 4 x {key}.num_heads={seen.num_heads}, and "
             "a quarter of each head turns with the row and with the column."
         )
-    layers = tuple(seen.deepstack_visual_indexes) if model.family == "qwen3_vl_moe" else ()
-    wrong = [layer for layer in layers if not 0 <= layer < seen.depth]
-    if wrong or len(set(layers)) < len(layers) or len(layers) > model.num_hidden_layers:
+    blocks = tuple(seen.deepstack_visual_indexes) if deepstack else ()
+    wrong = [block for block in blocks if not 0 <= block < seen.depth]
+    if wrong or len(set(blocks)) < len(blocks) or len(blocks) > layers:
         raise InputError(
-            f"model.vision.deepstack_visual_indexes={list(layers)} must name different blocks of 0 to {seen.depth - 1}, at most "
-            f"one for each of the {model.num_hidden_layers} decoder layers."
+            f"{key}.deepstack_visual_indexes={list(blocks)} must name different blocks of 0 to {seen.depth - 1}, at most "
+            f"one for each of the {layers} decoder layers."
         )
     return VisionArchitecture(
         depth=seen.depth,
@@ -70,8 +81,8 @@ def _vision(model: Model) -> VisionArchitecture | None:
         patch_size=seen.patch_size,
         temporal_patch_size=2,
         spatial_merge_size=seen.spatial_merge_size,
-        out_hidden_size=model.hidden_size,
+        out_hidden_size=hidden_size,
         num_position_embeddings=seen.num_position_embeddings,
-        deepstack_visual_indexes=layers,
+        deepstack_visual_indexes=blocks,
         image_token_id=seen.image_token_id,
     )

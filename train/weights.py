@@ -1,13 +1,11 @@
 """Weights in and out of the engine: a Hugging Face folder, fresh ones, and back to a folder."""
 
-import math
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from moexpand.base.errors import InputError
-from moexpand.base.random import generator
 from moexpand.parallel import ranks
 from moexpand.parallel.engine import Engine
 from moexpand.parallel.weights import Reader
@@ -16,11 +14,9 @@ from moexpand.upcycle.families import family_of
 from moexpand.upcycle.family import STACKS, Family
 from moexpand.upcycle.folder import write_checkpoint
 from moexpand.upcycle.fresh_config import architecture_config
+from moexpand.upcycle.fresh_weights import SELECTION_BIAS, fresh_tensor
 from moexpand.upcycle.logical import Weights, expert_of, model_tensors
 from moexpand.upcycle.tensors import stored_tensors
-
-SELECTION_BIAS = ".e_score_correction_bias"
-"""Ending of the names of selection biases."""
 
 
 def load(engine: Engine, weights: Weights) -> None:
@@ -42,27 +38,12 @@ def load(engine: Engine, weights: Weights) -> None:
 
 
 def fresh(architecture: Architecture, seed: int) -> Reader:
-    """Fresh weights by Hugging Face name, the same for every layout.
-
-    Norms are 1, biases 0, matrices normal with `initializer_range`; tables of FoPE the identity plus Xavier's normal distribution
-    with the gain `fope_init_factor`.
-    """
+    """Fresh weights by Hugging Face name, the same for every layout; see `fresh_tensor`."""
     shapes = model_tensors(architecture, architecture_config(architecture))
 
     def read(name: str, rows: slice | None) -> torch.Tensor:
-        shape = shapes[name]
-        drawn = generator(seed, "fresh", name)
-        if name.endswith((SELECTION_BIAS, ".bias")):
-            whole = torch.zeros(shape)
-        elif len(shape) == 1:
-            whole = torch.ones(shape)
-        elif ".rotary_emb." in name:
-            # torch's fans of a tensor [heads, D, D]: D * D and heads * D
-            fans = math.prod(shape[1:]) + shape[0] * math.prod(shape[2:])
-            noise = drawn.standard_normal(shape, dtype="float32") * architecture.fope_init_factor * math.sqrt(2 / fans)
-            whole = torch.eye(shape[-1]) + torch.from_numpy(noise.astype("float32"))
-        else:
-            whole = torch.from_numpy(drawn.standard_normal(shape, dtype="float32") * architecture.initializer_range)
+        drawn = fresh_tensor(name, shapes[name], seed, architecture.initializer_range, architecture.fope_init_factor)
+        whole = torch.from_numpy(drawn)
         return whole if rows is None else whole[rows]
 
     return read

@@ -1,6 +1,6 @@
 """Write a checkpoint folder from tensors that are produced one at a time; whole or absent."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from itertools import groupby
 from pathlib import Path
@@ -28,6 +28,7 @@ def write_checkpoint(
     produce: Callable[[str], Any],
     side_files: Path | None = None,
     max_shard_size: str | int = "5GB",
+    leave_out: Iterable[str] = (),
 ) -> None:
     """Write a Hugging Face folder: config.json, model code of grouped models, shards, index and side files.
 
@@ -39,6 +40,7 @@ def write_checkpoint(
             numpy array or anything with the buffer protocol. Only one tensor is held at a time.
         side_files: folder whose files besides weights, index and configs are copied (tokenizer, chat template, ...).
         max_shard_size: such as `5GB`.
+        leave_out: side files that are not copied.
 
     Raises:
         InputError: `target` exists, or a produced tensor has another size than told.
@@ -51,7 +53,7 @@ def write_checkpoint(
         write_json(folder / INDEX, layout.index())
         write_json(folder / CONFIG, config)
         if side_files is not None:
-            copy_side_files(Path(side_files), side_files_of(Path(side_files)), folder, keep=every_code_file())
+            copy_side_files(Path(side_files), side_files_of(Path(side_files)), folder, keep={*every_code_file(), *leave_out})
         write_model_code(folder, config["model_type"])
         buffer = aligned_buffer(PIECE)
         for file, places in groupby(layout.tensors.values(), key=lambda place: str(place.file)):

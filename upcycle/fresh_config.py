@@ -15,7 +15,8 @@ def architecture_config(arch: Architecture) -> Config:
     config = _decoder(arch)
     if arch.vision is not None:
         text = {key: value for key, value in config.items() if key != "tie_word_embeddings"} | {"model_type": f"{parent}_text"}
-        config = {family.text: text, "tie_word_embeddings": arch.tie_word_embeddings} | _vision(arch.vision, parent)
+        config = {family.text: text, "tie_word_embeddings": arch.tie_word_embeddings} | special_tokens(arch.vision.image_token_id)
+        config["vision_config"] = vision_part(arch.vision, parent)
     config = {"architectures": [family.class_name], "model_type": parent} | config
     if arch.model_type == parent:
         return config
@@ -75,16 +76,17 @@ def _rope_scaling(arch: Architecture) -> Config | None:
     return None
 
 
-def _vision(vision: VisionArchitecture, model_type: str) -> Config:
-    """The tower, and the special tokens around pictures, which stand in the same order in all of Qwen's tokenizers."""
-    image = vision.image_token_id
-    tower = {key: value for key, value in asdict(vision).items() if key != "image_token_id"}
-    if model_type == "interns1_pro":
-        del tower["deepstack_visual_indexes"]
-    else:
+def vision_part(vision: VisionArchitecture, model_type: str) -> Config:
+    """`vision_config` of a tower."""
+    tower = {key: value for key, value in asdict(vision).items() if key not in ("image_token_id", "deepstack_visual_indexes")}
+    if model_type != "interns1_pro":
         tower["deepstack_visual_indexes"] = list(vision.deepstack_visual_indexes)
+    return {**tower, "model_type": model_type}
+
+
+def special_tokens(image: int) -> Config:
+    """The tokens around pictures, which stand in the same order in all of Qwen's tokenizers."""
     return {
-        "vision_config": {**tower, "model_type": model_type},
         "vision_start_token_id": image - 3,
         "vision_end_token_id": image - 2,
         "image_token_id": image,

@@ -17,6 +17,7 @@ from moexpand.cli import help
 COMMANDS = {
     "train": "train a checkpoint (or a fresh model) on shards",
     "upcycle": "expand a parent checkpoint into a child, streaming",
+    "convert": "make another kind of model of a checkpoint: text alone, Intern-S1-Pro's kind, other positions, a fresh tower",
     "calibrate": "run a parent over shards and write how it routes",
     "verify": "prove that every tensor of a child equals its recipe",
     "count": "count parameters by part, in all and active per token",

@@ -1,0 +1,89 @@
+"""`moexpand convert`: another kind of model of a checkpoint, and what that costs before any training."""
+
+from pathlib import Path
+
+from moexpand.base.errors import InputError
+from moexpand.base.files import refuse_existing
+from moexpand.cli.workers import run_beside
+from moexpand.conf.schema import ConvertCommand
+from moexpand.console import Console
+from moexpand.train import damage
+from moexpand.train.fresh import fresh_tower
+from moexpand.upcycle.architecture import VisionArchitecture
+from moexpand.upcycle.checkpoint import Checkpoint, open_checkpoint
+from moexpand.upcycle.conversion import Changes, Conversion, parts_of
+from moexpand.upcycle.family import part_of
+from moexpand.upcycle.folder import write_checkpoint
+
+LAUNCHED = "launch.yaml"
+PICTURE_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+
+
+def run(config: ConvertCommand) -> int:
+    """Check, say what changes, write, measure."""
+    console = Console(config.plain)
+    source, target = open_checkpoint(Path(config.source)), Path(config.target)
+    refuse_existing(target)
+    if target.resolve().is_relative_to(source.folder.resolve()):
+        raise InputError(f"{target} lies in the source {source.folder}, which must stay as it is; choose a target beside it.")
+    conversion = Conversion(source, changes_of(config, source))
+    job = damage.check(config, source, conversion)
+    _announce(console, conversion)
+    without = () if conversion.architecture.vision is not None else PICTURE_FILES
+    write_checkpoint(
+        target,
+        conversion.config,
+        conversion.tensors,
+        conversion.produce,
+        source.folder,
+        config.max_shard_size,
+        leave_out=without if config.tower == "same" else PICTURE_FILES,
+    )
+    console.line(f"Wrote {len(conversion.tensors):,} tensors to {target} ({conversion.architecture.model_type}).")
+    if job is None:
+        return 0
+    if config.processes == 1:
+        damage.run_worker(config)
+        return 0
+    return run_beside("moexpand.train.damage", config, config.processes, damage.result_folder(config), LAUNCHED)
+
+
+def changes_of(config: ConvertCommand, source: Checkpoint) -> Changes:
+    """The changes that the keys ask for."""
+    tower: VisionArchitecture | None = None
+    if config.tower == "fresh":
+        arch = source.architecture
+        deepstack = config.family == "same" and bool(arch.mrope_section)
+        tower = fresh_tower(config.vision, arch.hidden_size, arch.num_hidden_layers, deepstack, "vision")
+    return Changes(
+        family=config.family,
+        fope=config.positions == "fope",
+        compensate=config.compensate,
+        fope_init_factor=config.fope_init_factor,
+        fope_sep_head=config.fope_sep_head,
+        rope_theta=config.rope_theta,
+        max_position_embeddings=config.max_position_embeddings,
+        tower=tower,
+        seed=config.seed,
+    )
+
+
+def _announce(console: Console, conversion: Conversion) -> None:
+    source, arch = conversion.source, conversion.architecture
+    console.line(f"{source.folder}: {source.architecture.model_type} -> {arch.model_type}.")
+    left = parts_of(conversion.left_out, part_of)
+    if left:
+        told = ", ".join(f"{count} of {part}" for part, count in left.items())
+        console.line(f"Left out are {sum(left.values())} tensors: {told}.")
+    if conversion.changes.tower is not None:
+        console.line(
+            f"The vision tower is fresh (seed {conversion.changes.seed}): train it first, with vision.freeze=[decoder] or "
+            "vision.warmup_steps."
+        )
+    if conversion.changes.fope:
+        half = arch.head_dim // 2
+        scaled = "scaled so that they count as before" if conversion.changes.compensate else "which count twice now"
+        console.line(
+            f"FoPE keeps {arch.fope_frequencies} of {half} frequencies (those above one turn in {arch.max_position_embeddings:,} "
+            f"positions) and leaves {half - arch.fope_frequencies} pairs unturned, {scaled}."
+        )
