@@ -154,11 +154,14 @@ class Conversion:
         self.config = converted_config(source, changes)
         self.architecture = read_architecture(self.config, f"The converted {CONFIG}")
         self.family = family_of(self.architecture.model_type)
+        same = self.family is source.family
+        self.layout = source.experts_layout if same else self.family.experts_layout
+        self.transposed = source.transposed if same else self.family.transposed
 
     @cached_property
     def tensors(self) -> dict[str, tuple[str, Shape]]:
         """Dtype and shape of every tensor of the target."""
-        shapes = stored_tensors(self.architecture, self.family.experts_layout)
+        shapes = stored_tensors(self.architecture, self.layout, transposed=self.transposed)
         shapes |= self.family.carried(self.config, CONFIG) | self.family.buffers(self.config, CONFIG)
         kept = {name: info.shape for name, info in self.source.tensors.items() if name.startswith(self.family.free)}
         return {name: (self._dtype(name), shape) for name, shape in (shapes | kept).items()}
@@ -181,7 +184,7 @@ class Conversion:
         if stack in STACKS and prefix.endswith(".mlp.experts"):
             layer = int(prefix.split(".")[-3])
             units = (
-                stored_unit([read_matrix(self.source, layer, expert, matrix) for matrix in STACKS[stack]], self.family.transposed)
+                stored_unit([read_matrix(self.source, layer, expert, matrix) for matrix in STACKS[stack]], self.transposed)
                 for expert in range(self.architecture.num_experts)
             )
             return np.stack(list(units))

@@ -90,7 +90,7 @@ def _bytes(value: Any, place: TensorInfo) -> memoryview:
             )
         value = value.reshape(-1).view(torch.uint8).numpy()
     elif isinstance(value, np.ndarray):
-        value = np.ascontiguousarray(value)
+        value = np.ascontiguousarray(value).reshape(-1).view(np.uint8)  # bf16 and fp8 are no formats of a buffer
     data = memoryview(value).cast("B")
     if data.nbytes != place.nbytes:
         raise InputError(f"{place.name} was announced with {place.nbytes:,} bytes, but {data.nbytes:,} were given.")
