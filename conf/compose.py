@@ -38,6 +38,7 @@ GROUPS: dict[str, dict[str, str | None]] = {
         "experiment": None,
     },
     "upcycle": {"recipe": "512x8"},
+    "convert": {"parallel": "single", "precision": "fp32"},
     "calibrate": {"parallel": "single", "precision": "fp32"},
     "logits": {"parallel": "single", "precision": "fp32"},
 }
