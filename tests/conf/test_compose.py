@@ -54,6 +54,7 @@ def test_every_packaged_option_composes(command: str, group: str, option: str) -
     needed = {
         "train": NEEDED,
         "upcycle": ["source=a", "target=b"],
+        "convert": ["source=a", "target=b"],
         "calibrate": ["checkpoint=a", "data.shards=b", "out=c"],
         "logits": ["checkpoint=a", "tokens=b", "out=c"],
     }
