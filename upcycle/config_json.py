@@ -161,7 +161,7 @@ def lmdeploy_config(config: Config) -> Config:
 
     Every other engine that knows `qwen3_moe` would ignore the groups and run plain top-k.
     """
-    plain = next(family for family in FAMILIES.values() if family.child == config["model_type"] and not family.auto_map)
+    plain = next(family for name, family in FAMILIES.items() if family.child == config["model_type"] != name)
     kept = {key: value for key, value in config.items() if key != "auto_map"}
     return kept | {"architectures": [plain.class_name], "model_type": plain.model_type}
 

@@ -80,7 +80,7 @@ def converted_config(source: Checkpoint, changes: Changes) -> Config:
     tower = vision_part(vision, str(tower_type))
     if changes.tower is None:
         left = () if target is family else ("deepstack_visual_indexes",)
-        tower = {**_without(source.config["vision_config"], *left), "model_type": tower_type}
+        tower = {**_without(source.config["vision_config"], *left), "model_type": tower["model_type"]}
     return {
         **special_tokens(vision.image_token_id),
         **kept,

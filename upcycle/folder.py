@@ -54,7 +54,7 @@ def write_checkpoint(
         write_json(folder / CONFIG, config)
         if side_files is not None:
             copy_side_files(Path(side_files), side_files_of(Path(side_files)), folder, keep={*every_code_file(), *leave_out})
-        write_model_code(folder, config["model_type"])
+        write_model_code(folder, config)
         buffer = aligned_buffer(PIECE)
         for file, places in groupby(layout.tensors.values(), key=lambda place: str(place.file)):
             with closing(_create(folder, layout, file)) as output:

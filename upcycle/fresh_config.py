@@ -17,7 +17,8 @@ def architecture_config(arch: Architecture) -> Config:
         text = {key: value for key, value in config.items() if key != "tie_word_embeddings"} | {"model_type": f"{parent}_text"}
         config = {family.text: text, "tie_word_embeddings": arch.tie_word_embeddings} | special_tokens(arch.vision.image_token_id)
         config["vision_config"] = vision_part(arch.vision, parent)
-    config = {"architectures": [family.class_name], "model_type": parent} | config
+    own = {"auto_map": family.auto_map} if family.auto_map else {}
+    config = {"architectures": [family.class_name], "model_type": parent, **own} | config
     if arch.model_type == parent:
         return config
     return with_routing(grouped_config(config, arch.num_experts, arch.router_n_groups), arch)
@@ -81,7 +82,7 @@ def vision_part(vision: VisionArchitecture, model_type: str) -> Config:
     tower = {key: value for key, value in asdict(vision).items() if key not in ("image_token_id", "deepstack_visual_indexes")}
     if model_type != "interns1_pro":
         tower["deepstack_visual_indexes"] = list(vision.deepstack_visual_indexes)
-    return {**tower, "model_type": model_type}
+    return {**tower, "model_type": "interns1_pro_vision" if model_type == "interns1_pro" else model_type}
 
 
 def special_tokens(image: int) -> Config:

@@ -223,7 +223,7 @@ def _check_metadata(child: Checkpoint) -> None:
 
 def _check_files(recipe: Recipe, child: Checkpoint, own: dict[str, str]) -> None:
     """Side files are the parent's, those of the child's own are as recorded, and nothing else is there."""
-    code = code_files(child.config["model_type"])
+    code = code_files(child.config)
     parent = recipe.parent.folder
     due = {str(file): sha256(parent / file) for file in recipe.kept_side_files} | dict.fromkeys(code, "") | own
     found = {str(file) for file in child.side_files}

@@ -174,14 +174,13 @@ def _publish(recipe: Recipe, crew: Crew) -> None:
     partial, layout = crew.partial, crew.layout
     folder = partial.writing / f"{FINISH}.{crew.claims.held[FINISH][1].token}"
     folder.mkdir()
-    model_type = recipe.config["model_type"]
     write_json(folder / INDEX, layout.index())
     write_json(folder / CONFIG, recipe.config)
-    copy_side_files(recipe.parent.folder, recipe.kept_side_files, folder, keep=code_files(model_type))
+    copy_side_files(recipe.parent.folder, recipe.kept_side_files, folder, keep=code_files(recipe.config))
     if recipe.tokenizer is not None:
         copy_side_files(recipe.tokenizer, recipe.own_side_files, folder)
     own = {
-        "checksums_of_model_code": write_model_code(folder, model_type),
+        "checksums_of_model_code": write_model_code(folder, recipe.config),
         "checksums_of_tokenizer": {str(file): sha256(folder / file) for file in recipe.own_side_files},
     }
     write_atomic(folder / EXPANSION, row_per_line(_record(recipe, partial) | own))

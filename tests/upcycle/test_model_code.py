@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeForCausalLM
 
 from moexpand.base import routing
 from moexpand.upcycle.checkpoint import open_checkpoint
-from moexpand.upcycle.model_code import HERE, code_files, shared
+from moexpand.upcycle.model_code import CODE, HERE, shared
 from moexpand.upcycle.model_code.generate import MODELING, generated
 
 
@@ -36,7 +36,7 @@ def test_the_routing_in_the_model_code_is_the_text_of_base_routing(modeling: Pat
 
 
 def test_the_child_carries_its_code_and_names_it(child: Path) -> None:
-    names = code_files("qwen3_moe_grouped")
+    names = CODE["qwen3_moe_grouped"]
     assert len(names) == 2
     assert all((child / name).read_bytes() == (HERE / name).read_bytes() for name in names)
     for target in json.loads((child / "config.json").read_text())["auto_map"].values():

@@ -26,7 +26,7 @@ from transformers import (
 
 from moexpand.upcycle.families import family_of
 from moexpand.upcycle.inits import Init
-from moexpand.upcycle.model_code import HERE, code_files
+from moexpand.upcycle.model_code import CODE, HERE
 from tests import parents
 from tests.upcycle.stacks import Tensors
 from tests.upcycle.vl_parent import COPIES, DENSE, END, EXPERTS, HIDDEN, IMAGE, LAYERS, START, TOP_K, parent_model
@@ -126,7 +126,7 @@ def image_inputs(seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def test_the_child_carries_its_code_and_names_it(child: Child) -> None:
-    names = code_files("qwen3_vl_moe_grouped")
+    names = CODE["qwen3_vl_moe_grouped"]
     assert len(names) == 2
     assert all((child.folder / name).read_bytes() == (HERE / name).read_bytes() for name in names)
     for target in family_of("qwen3_vl_moe_grouped").auto_map.values():

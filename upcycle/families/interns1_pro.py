@@ -45,6 +45,11 @@ FAMILIES = (
         carried=_tower,
         buffers=_fope_tables,
         free=("model.time_series.",),
+        auto_map={
+            "AutoConfig": "configuration_interns1_pro_moexpand.InternS1ProConfig",
+            "AutoModel": "modeling_interns1_pro_moexpand.InternS1ProModel",
+            "AutoModelForImageTextToText": "modeling_interns1_pro_moexpand.InternS1ProForConditionalGeneration",
+        },
     ),
 )
 
