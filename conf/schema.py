@@ -323,7 +323,9 @@ class ExportCommand:
     step: int | None = key(None, "step of the checkpoint; not given: the latest", within="[0, inf)")
     target: str = key(MISSING, "folder to write; must not exist")
     format: str = key(
-        "native", "native (with group-aware model code) or lmdeploy (router_n_groups alone)", ("native", "lmdeploy")
+        "native",
+        "native (with group-aware model code), lmdeploy (qwen3_moe with router_n_groups alone), or the kind that the run must be",
+        ("native", "lmdeploy", "qwen3_moe", "qwen3_vl_moe", "interns1_pro"),
     )
     max_shard_size: str = key("5GB", "largest output file")
     debug: bool = key(False, "print tracebacks")

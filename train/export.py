@@ -16,7 +16,7 @@ from moexpand.train.preflight import PLAN, Source
 from moexpand.train.run_data import open_data
 from moexpand.train.run_pictures import write_settings
 from moexpand.upcycle.config_json import Config, grouped_config, lmdeploy_config, with_routing
-from moexpand.upcycle.fresh_config import architecture_config
+from moexpand.upcycle.fresh_config import architecture_config, parent_type
 from moexpand.upcycle.layout import copy_side_files
 
 MISREAD_BY = "transformers, vLLM and SGLang, which run it as plain top-k without a word"
@@ -26,7 +26,7 @@ def export(command: ExportCommand, say: Callable[[str], None]) -> None:
     """Write the checkpoint of `command.run` to `command.target`.
 
     `native` gives a grouped child its own model_type and model code; `lmdeploy` names it qwen3_moe with `router_n_groups`,
-    which LMDeploy honours and others do not.
+    which LMDeploy honours and others do not. The name of a kind is `native` for a run of that kind and refused for others.
 
     Raises:
         InputError: the target exists, the run has no such checkpoint, or it is damaged.
@@ -41,6 +41,7 @@ def export(command: ExportCommand, say: Callable[[str], None]) -> None:
     if wrong is not None:
         raise InputError(f"{folder} is damaged and is not exported: {wrong}")
     source = preflight.source_of(config)
+    _check_kind(command.format, source.architecture.model_type)
     if command.format == "lmdeploy" and source.architecture.router_n_groups == 1:
         raise InputError("format=lmdeploy is for grouped models and this run's router has one group; give format=native.")
     if command.format == "lmdeploy" and not source.architecture.routed_as_usual:
@@ -60,6 +61,17 @@ def export(command: ExportCommand, say: Callable[[str], None]) -> None:
     say(f"wrote {folder} to {target}")
     if command.format == "lmdeploy":
         say(f"WARNING: {target} is for LMDeploy alone; it is misread by {MISREAD_BY}.")
+
+
+def _check_kind(format: str, model_type: str) -> None:
+    kind = parent_type(model_type)
+    if format not in ("native", "lmdeploy", kind):
+        raise InputError(
+            f"format={format} is for runs of that kind and this one trains {kind}; export it with format=native, then make the "
+            f"other kind with moexpand convert family={format}."
+        )
+    if format == "lmdeploy" and kind != "qwen3_moe":
+        raise InputError(f"format=lmdeploy is for qwen3_moe, where LMDeploy honours groups, and this run trains {kind}.")
 
 
 def _write(config: TrainCommand, source: Source, folder: Path, command: ExportCommand, target: Path, side_files: Path) -> None:

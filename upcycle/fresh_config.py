@@ -10,7 +10,7 @@ from moexpand.upcycle.family import Config
 
 def architecture_config(arch: Architecture) -> Config:
     """config.json of a model of this architecture; a grouped one has its own model type and code, as a child."""
-    parent = _ungrouped(arch.model_type)
+    parent = parent_type(arch.model_type)
     family = family_of(parent)
     config = _decoder(arch)
     if arch.vision is not None:
@@ -24,7 +24,7 @@ def architecture_config(arch: Architecture) -> Config:
     return with_routing(grouped_config(config, arch.num_experts, arch.router_n_groups), arch)
 
 
-def _ungrouped(model_type: str) -> str:
+def parent_type(model_type: str) -> str:
     """The type of the parents whose children are of this type; any other type as it is."""
     return next((name for name, family in FAMILIES.items() if family.child == model_type != name), model_type)
 

@@ -147,6 +147,10 @@ def test_a_fresh_intern_s1_pro_trains_and_comes_back_with_its_tables(pictured: P
     assert "deepstack_visual_indexes" not in config["vision_config"]
     again = ran(pictured, tmp_path / "again", **from_checkpoint(tmp_path / "out"))
     assert again[0]["loss"] < rows[0]["loss"], "the exported weights were read"
+    assert "difference" in compare(tmp_path / "again"), "of pictures too, by the model code that was exported"
+    refused = moexpand("export", f"run={tmp_path / 'run'}", f"target={tmp_path / 'text'}", "format=qwen3_moe")
+    assert (refused.returncode, "moexpand convert family=qwen3_moe" in refused.stderr) == (2, True)
+    assert moexpand("export", f"run={tmp_path / 'run'}", f"target={tmp_path / 'same'}", "format=interns1_pro").returncode == 0
 
 
 @pytest.mark.parametrize(
