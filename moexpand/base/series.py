@@ -1,7 +1,7 @@
 """How a time series becomes tokens: strides, patches and their numbers, from its length and sampling rate alone.
 
-The rule is Intern-S1-Pro's (arXiv 2603.25040, section 2.5, and LMDeploy's serving code): slow series keep nearly every point, fast
-ones have a token for some 640 points. Plans need these numbers before a series is read, and the model again.
+The rule is Intern-S1-Pro's (arXiv 2603.25040, section 2.5, and LMDeploy's serving code): slow series keep nearly every point,
+fast ones have a token for some 640 points. Plans need these numbers before a series is read, and the model again.
 """
 
 import numpy as np
