@@ -107,10 +107,11 @@ class Attention(Module):
 
     def forward(self, x_tD: torch.Tensor) -> torch.Tensor:
         """[t, d_model] to [t, d_model]."""
-        projected = (
+        query, key, value = (
             each(x_tD).unflatten(-1, (self.heads, -1)).transpose(0, 1) for each in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return self.out_proj(scaled_dot_product_attention(*projected, is_causal=True).transpose(0, 1).flatten(1))
+        mixed = scaled_dot_product_attention(query, key, value, is_causal=True)
+        return self.out_proj(mixed.transpose(0, 1).flatten(1))
 
 
 class EncoderLayer(Module):
