@@ -238,7 +238,7 @@ class Measure:
 
 @dataclass
 class ConvertCommand:
-    """Make another kind of model of a checkpoint: its text alone, Intern-S1-Pro's kind, other positions, a fresh tower."""
+    """Make another kind of model of a checkpoint: text alone, Intern-S1-Pro's kind, other positions, a fresh tower."""
 
     source: str = key(MISSING, "Hugging Face folder")
     target: str = key(MISSING, "folder to write; must not exist")

@@ -124,7 +124,10 @@ def due_on_one_rank(place: Path) -> Any:
     return runs.merged([blocks]), loss, norm
 
 
-@pytest.mark.parametrize(("size", "layouts"), [(2, TWO), (4, FOUR)], ids=["two ranks", "four ranks"])
+@pytest.mark.parametrize(
+    ("size", "layouts"),
+    [pytest.param(2, TWO, id="two ranks"), pytest.param(4, FOUR, id="four ranks", marks=pytest.mark.layouts)],
+)
 def test_every_layout_has_the_gradients_of_one_rank(
     place: Path, due_on_one_rank: Any, size: int, layouts: dict[str, dict[str, Any]]
 ) -> None:

@@ -86,6 +86,7 @@ def test_frozen_parts_stay_and_the_others_move_as_without(place: Path, frozen: t
         assert np.array_equal(found[name], start if stays else due[name]), name
 
 
+@pytest.mark.layouts
 @pytest.mark.parametrize("frozen", [("tower",), ("decoder",), ("tower", "projector")])
 def test_frozen_parts_stay_on_every_layout(place: Path, frozen: tuple[str, ...]) -> None:
     _, due, norm, _ = _whole([_step(place, {}, Rates(1e-3), frozen)])

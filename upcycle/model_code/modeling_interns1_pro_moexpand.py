@@ -1,12 +1,10 @@
 """Intern-S1-Pro for transformers 5; it travels with checkpoints that are written here (`trust_remote_code=True`).
 
-Qwen3-VL-MoE's tower, projector and decoder layers are transformers' own. What differs: the router takes the best experts of every
-group, positions have one axis, they may be Fourier positions with tables of each key/value head, and there is no DeepStack.
-Router logits are computed in fp32 from the hidden states and the weight cast to fp32, as the model was trained.
+Tower, projector and decoder layers are transformers' own of Qwen3-VL-MoE. What differs: the router takes the best experts of
+every group, by logits in fp32; positions have one axis and may be Fourier positions with tables of each head; no DeepStack.
 """
 
 import math
-from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
@@ -316,9 +314,9 @@ class InternS1ProAttention(Qwen3VLMoeTextAttention):
         value = heads(self.v_proj(hidden_states)).transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        dropout = self.attention_dropout if self.training else 0.0
-        output, weights = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        kwargs |= {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling}
+        output, weights = attend(self, query, key, value, attention_mask, **kwargs)
         return self.o_proj(output.flatten(2).contiguous()), weights
 
 
