@@ -173,8 +173,10 @@ def _check_ends(parallel: Parallel, layers: int, ends: dict[str, int]) -> None:
     told = " and ".join(f"parallel.{name}={count}" for name, count in ends.items())
     if parallel.interleave > 1:
         raise InputError(f"{told} is for whole stages and parallel.interleave={parallel.interleave} cuts them; leave one out.")
+    if parallel.pipeline == 1:
+        raise InputError(f"{told} is for a pipeline of several stages and parallel.pipeline=1; leave it out.")
     between, rest = parallel.pipeline - len(ends), layers - sum(ends.values())
-    if between < 0 or rest < 0 or (rest % between if between else rest):
+    if between < 0 or rest < between or (rest % between if between else rest):
         raise InputError(
             f"{told} of num_hidden_layers={layers} leave {rest} layers for {max(between, 0)} other stages of "
             f"parallel.pipeline={parallel.pipeline}, which hold equally many; choose other numbers."

@@ -34,6 +34,12 @@ def check_vision(config: TrainCommand, tower: Tower | None) -> None:
         raise InputError(f"vision.freeze names {unknown[0]}; the parts are {', '.join(PARTS)}.")
     if set(vision.freeze) == set(PARTS):
         raise InputError(f"vision.freeze=[{','.join(vision.freeze)}] leaves nothing that learns.")
+    if "decoder" in vision.freeze and config.parallel.pipeline > 1:
+        raise InputError(
+            f"vision.freeze=[{','.join(vision.freeze)}] leaves nothing that learns on the later stages of "
+            f"parallel.pipeline={config.parallel.pipeline}; give parallel.pipeline=1, or vision.warmup_steps, which keeps the "
+            "decoder for as many steps."
+        )
     for part in ("tower", "projector"):
         if part in vision.freeze and getattr(vision, f"{part}_lr") != 1.0:
             raise InputError(

@@ -46,7 +46,8 @@ def save(engine: Engine, folder: Path, extra: dict[str, Any]) -> None:
 def _save(engine: Engine, folder: Path, extra: dict[str, Any]) -> None:
     model_state = _model_state(engine)
     optimizer_state = engine.optimizer.sharded_state_dict(model_state, metadata=dict(_METADATA))
-    for part in optimizer_state.values():
+    # With one optimiser alone, as where no expert learns, Megatron-Core gives its state and no table of several.
+    for part in [optimizer_state] if "param_state" in optimizer_state else optimizer_state.values():
         if part["param_state"] is None:  # held by the first rank of the data-parallel group
             del part["param_state"]
     state = {

@@ -149,7 +149,8 @@ class FrameEncoder(Module):
         """[f, ts_adapt_in_dim] to [t, ts_hidden_dim], t = (f + 1) // 2."""
         x = self.adapt_in(frames_fD).T[None]
         x_tD = gelu(self.conv2(gelu(self.conv1(x))))[0].T
-        positions = self.embed_positions.weight[: len(x_tD)]
+        known = min(len(x_tD), self.embed_positions.num_embeddings)
+        positions = self.embed_positions(torch.arange(known, device=x_tD.device))
         x_tD = x_tD + pad(positions, (0, 0, 0, len(x_tD) - len(positions)))
         for layer in self.layers:
             x_tD = layer(x_tD)

@@ -25,18 +25,26 @@ THETA = 10_000.0
 """Base of the rotary frequencies within a picture."""
 
 
+class PatchProduct(torch.nn.Conv3d):
+    """A convolution whose stride is its kernel, as one product. Its own call is what waits for its weights under overlap."""
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """[P, C * F * S * S] to [P, h]."""
+        return torch.nn.functional.linear(pixels.to(self.weight.dtype), self.weight.flatten(1), self.bias)
+
+
 class PatchEmbedding(Module):
-    """A patch's pixels to its hidden state: a convolution whose stride is its kernel."""
+    """A patch's pixels to its hidden state."""
 
     def __init__(self, shape: VisionShape, dtype: torch.dtype) -> None:
         super().__init__()
         kernel = (shape.temporal_patch_size, shape.patch_size, shape.patch_size)
-        self.proj = torch.nn.Conv3d(shape.in_channels, shape.hidden_size, kernel, kernel, dtype=dtype)
+        self.proj = PatchProduct(shape.in_channels, shape.hidden_size, kernel, kernel, dtype=dtype)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """[P, C * F * S * S] to [P, h]."""
-        weight = self.proj.weight.flatten(1)
-        return torch.nn.functional.linear(pixels.to(weight.dtype), weight, self.proj.bias)
+        embedded: torch.Tensor = self.proj(pixels)
+        return embedded
 
 
 class Attention(Module):

@@ -14,7 +14,7 @@ from moexpand.conf.schema import ExportCommand, TrainCommand
 from moexpand.train import checkpoints, preflight
 from moexpand.train.preflight import PLAN, Source
 from moexpand.train.run_data import open_data
-from moexpand.train.run_pictures import write_settings
+from moexpand.train.run_pictures import image_settings, write_settings
 from moexpand.upcycle.config_json import Config, grouped_config, lmdeploy_config, with_routing
 from moexpand.upcycle.fresh_config import architecture_config, parent_type
 from moexpand.upcycle.layout import copy_side_files
@@ -52,11 +52,11 @@ def export(command: ExportCommand, say: Callable[[str], None]) -> None:
         side_files = Path(scratch)
         if source.checkpoint is not None:
             copy_side_files(source.checkpoint.folder, source.checkpoint.side_files, side_files)
-        data = open_data(config) if source.checkpoint is None or source.new_vocabulary or source.architecture.vision else None
-        if data is not None and (source.checkpoint is None or source.new_vocabulary):
-            data.tokenizer.save(side_files)
-        if data is not None and data.images is not None:
-            write_settings(data.images, side_files)
+        if source.checkpoint is None or source.new_vocabulary:
+            open_data(config).tokenizer.save(side_files)
+        images = image_settings(config.data, source.architecture.vision, config.checkpoint)
+        if images is not None:
+            write_settings(images, side_files)
         _write(config, source, folder, command, target, side_files)
     say(f"wrote {folder} to {target}")
     if command.format == "lmdeploy":

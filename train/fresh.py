@@ -17,6 +17,8 @@ def fresh_architecture(model: Model) -> Architecture:
     known = {field.name for field in fields(Architecture)}
     own = {field.name: getattr(model, field.name) for field in fields(model) if field.name in known and field.name != "vision"}
     own |= {"model_type": model.family, "mrope_section": _mrope_section(model)}
+    if model.family != "qwen3_moe" and not model.norm_topk_prob:
+        raise InputError(f"model.norm_topk_prob=false is for qwen3_moe; model.family={model.family} always normalises.")
     if model.family != "interns1_pro":
         return Architecture(**(own | {"fope_init_factor": 0.0}), vision=_vision(model))
     rules = {"fope_sep_head": model.fope_sep_head}
@@ -43,17 +45,33 @@ def _vision(model: Model) -> VisionArchitecture | None:
     if model.family == "qwen3_moe":
         return None
     deepstack = model.family == "qwen3_vl_moe"
-    return fresh_tower(model.vision, model.hidden_size, model.num_hidden_layers, deepstack)
+    token = model.vision.image_token_id
+    return fresh_tower(model.vision, model.hidden_size, model.num_hidden_layers, deepstack, token, model.vocab_size)
 
 
 def fresh_tower(
-    seen: VisionModel, hidden_size: int, layers: int, deepstack: bool, key: str = "model.vision"
+    seen: VisionModel,
+    hidden_size: int,
+    layers: int,
+    deepstack: bool,
+    token: int,
+    vocab_size: int,
+    key: str = "model.vision",
 ) -> VisionArchitecture:
     """A tower for a decoder of this width and depth, with DeepStack or without.
 
+    Args:
+        token: that holds a picture's place.
+        key: where the sizes come from.
+
     Raises:
-        InputError: sizes that cannot be; `key` is where they come from.
+        InputError: sizes that cannot be, or a token outside the vocabulary.
     """
+    if token >= vocab_size:
+        raise InputError(
+            f"{key}.image_token_id={token} is outside the vocabulary of {vocab_size:,} tokens; give that of the tokenizer's "
+            "<|image_pad|>."
+        )
     side = round(seen.num_position_embeddings**0.5)
     if side**2 != seen.num_position_embeddings:
         raise InputError(
@@ -84,5 +102,5 @@ def fresh_tower(
         out_hidden_size=hidden_size,
         num_position_embeddings=seen.num_position_embeddings,
         deepstack_visual_indexes=blocks,
-        image_token_id=seen.image_token_id,
+        image_token_id=token,
     )

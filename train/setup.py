@@ -111,7 +111,7 @@ def fixed_settings(config: TrainCommand, source: Source, data: PackedData) -> di
         "tokenizer": data.fingerprint,
         "the samples of the shards": data.corpus_fingerprint,
         "the rules of packing": PACKING,
-        **({"vision.freeze": sorted(config.vision.freeze)} if config.vision.freeze else {}),
+        **({"vision.freeze": sorted(config.vision.freeze)} if source.architecture.vision is not None else {}),
         **{
             f"the model's {name}": json.loads(json.dumps(value))  # as it comes back from the checkpoint
             for name, value in asdict(source.architecture).items()

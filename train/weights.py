@@ -86,9 +86,12 @@ def write(
 def _stacked(tensors: dict[str, torch.Tensor], name: str, architecture: Architecture, family: Family) -> torch.Tensor:
     """A stack of the experts' matrices, [E, out, in] or, transposed, [E, in, out]."""
     prefix, _, stack = name.rpartition(".")
-    matrices = [
-        torch.cat([tensors[f"{prefix}.{expert}.{matrix}"] for matrix in STACKS[stack]])
-        for expert in range(architecture.num_experts)
-    ]
-    whole = torch.stack(matrices)
-    return whole.mT.contiguous() if family.transposed else whole
+    whole: torch.Tensor | None = None
+    for expert in range(architecture.num_experts):
+        unit = torch.cat([tensors[f"{prefix}.{expert}.{matrix}"] for matrix in STACKS[stack]])
+        unit = unit.T if family.transposed else unit
+        if whole is None:
+            whole = unit.new_empty(architecture.num_experts, *unit.shape)
+        whole[expert] = unit
+    assert whole is not None
+    return whole

@@ -10,7 +10,7 @@ from typing import Any
 from moexpand.base.errors import InputError
 from moexpand.upcycle.architecture import Architecture, check_architecture
 from moexpand.upcycle.families import FAMILIES, family_of
-from moexpand.upcycle.family import Config, Family
+from moexpand.upcycle.family import Config, Family, no_tower
 from moexpand.upcycle.positions import fope_frequencies, mrope_section, rope_rules
 from moexpand.upcycle.tensors import BLOCK
 
@@ -83,6 +83,8 @@ def read_architecture(config: Config, where: str = "config.json") -> Architectur
         vision=family.vision(config, where),
     )
     check_architecture(arch, where)
+    if not arch.norm_topk_prob and family.vision is not no_tower:
+        raise InputError(f"{where} has norm_topk_prob=false, and models of type {family.model_type} always normalise.")
     return arch
 
 

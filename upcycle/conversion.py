@@ -119,8 +119,9 @@ def _check(source: Checkpoint, changes: Changes, target: Family) -> None:
         raise InputError(f"{where} has Fourier positions, which {target.model_type} does not know; they cannot be taken out.")
     if arch.rope_type != "default" or arch.sliding_window is not None:
         raise InputError(f"{where} has rope_type={arch.rope_type} or sliding windows, which are not converted.")
-    if not changes.fope and (changes.rope_theta is not None or changes.max_position_embeddings is not None):
-        raise InputError("rope_theta and max_position_embeddings are for positions=fope; leave them out.")
+    for name in ("compensate", "fope_init_factor", "fope_sep_head", "rope_theta", "max_position_embeddings"):
+        if not changes.fope and getattr(changes, name) != getattr(Changes(), name):
+            raise InputError(f"{name}={getattr(changes, name)} is for positions=fope; leave it out.")
     if target.text and arch.vision is None and changes.tower is None:
         raise InputError(f"{target.model_type} has a vision tower and {where} has none that fits; give tower=fresh.")
     if not target.text and changes.tower is not None:
@@ -183,23 +184,24 @@ class Conversion:
         stack, prefix = name.rpartition(".")[2], name.rpartition(".")[0]
         if stack in STACKS and prefix.endswith(".mlp.experts"):
             layer = int(prefix.split(".")[-3])
-            units = (
-                stored_unit([read_matrix(self.source, layer, expert, matrix) for matrix in STACKS[stack]], self.transposed)
-                for expert in range(self.architecture.num_experts)
-            )
-            return np.stack(list(units))
+            dtype, shape = self.tensors[name]
+            whole = np.empty(shape, NUMPY[dtype])
+            for number in range(self.architecture.num_experts):
+                matrices = [read_matrix(self.source, layer, number, matrix) for matrix in STACKS[stack]]
+                whole[number] = stored_unit(matrices, self.transposed)
+            return whole
         expert = expert_of(name)
         if expert is not None:
             return np.ascontiguousarray(read_matrix(self.source, *expert))
         found = self._sources(name)
         if not found:
             return self._fresh(name)
-        whole = self.source.read_numpy(found[0])
+        values = self.source.read_numpy(found[0])
         if self.clipped and self.changes.compensate and name.endswith(("self_attn.q_norm.weight", "self_attn.k_norm.weight")):
-            scaled = whole.astype(np.float32)
+            scaled = values.astype(np.float32)
             scaled[self.clipped] *= np.float32(HALF)
-            return scaled.astype(whole.dtype)
-        return whole
+            return scaled.astype(values.dtype)
+        return values
 
     def _fresh(self, name: str) -> np.ndarray:
         dtype, shape = self.tensors[name]

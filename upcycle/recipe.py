@@ -64,6 +64,7 @@ class Recipe:
             num_experts=self.plan.num_experts,
             router_n_groups=self.plan.num_groups,
             vocab_size=arch.vocab_size if self.plan.vocabulary is None else self.plan.vocabulary.size,
+            vision=self.family.vision(self.config, str(self.parent.folder)),  # the token of pictures may have another id
         )
 
     @cached_property

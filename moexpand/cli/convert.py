@@ -5,6 +5,7 @@ from pathlib import Path
 from moexpand.base.errors import InputError
 from moexpand.base.files import refuse_existing
 from moexpand.cli.workers import run_beside
+from moexpand.conf.model_schema import VisionModel
 from moexpand.conf.schema import ConvertCommand
 from moexpand.console import Console
 from moexpand.train import damage
@@ -54,7 +55,13 @@ def changes_of(config: ConvertCommand, source: Checkpoint) -> Changes:
     if config.tower == "fresh":
         arch = source.architecture
         deepstack = config.family == "same" and bool(arch.mrope_section)
-        tower = fresh_tower(config.vision, arch.hidden_size, arch.num_hidden_layers, deepstack, "vision")
+        told = config.vision.image_token_id
+        # the source's own token, unless another than the default is given
+        own = arch.vision is not None and told == VisionModel.image_token_id
+        token = arch.vision.image_token_id if arch.vision is not None and own else told
+        tower = fresh_tower(config.vision, arch.hidden_size, arch.num_hidden_layers, deepstack, token, arch.vocab_size, "vision")
+    elif config.vision != VisionModel():
+        raise InputError("The keys vision.* are the sizes of a fresh tower; give tower=fresh as well, or leave them out.")
     return Changes(
         family=config.family,
         fope=config.positions == "fope",

@@ -72,6 +72,8 @@ def test_layouts_that_work_pass(world_size: int, overrides: list[str]) -> None:
             ["parallel=tp2_ep2"],
             "3 ranks cannot be split into parallel.tensor x parallel.context x parallel.pipeline = 2 x 1 x 1 = 2",
         ),
+        (1, ["parallel.last_layers=4"], "parallel.last_layers=4 is for a pipeline of several stages"),
+        (2, ["parallel=pp2", "parallel.last_layers=4"], "leave 0 layers for 1 other stages of parallel.pipeline=2"),
         (2, ["parallel=pp2", "model.num_hidden_layers=3"], "num_hidden_layers=3 is not a multiple of parallel.pipeline=2"),
         (4, ["parallel.tensor=4", "parallel.expert=4"], "num_key_value_heads=2 is not a multiple of parallel.tensor=4"),
         (1, ["model.num_key_value_heads=3"], "num_attention_heads=4 is not a multiple of num_key_value_heads=3"),

@@ -174,6 +174,12 @@ def test_a_fresh_intern_s1_pro_trains_and_comes_back_with_its_tables(pictured: P
         ({"vision.freeze": "[tower,hands]"}, "vision.freeze names hands; the parts are tower, projector, decoder"),
         ({"vision.freeze": "[tower,projector,decoder]"}, "leaves nothing that learns"),
         ({"vision.freeze": "[tower]", "vision.tower_lr": 0.5}, "vision.tower_lr has no effect"),
+        (
+            {"vision.freeze": "[decoder]", "parallel.pipeline": 2, "parallel.expert": 1},
+            "leaves nothing that learns on the later stages of parallel.pipeline=2",
+        ),
+        ({"model.norm_topk_prob": "false"}, "model.family=qwen3_vl_moe always normalises"),
+        ({"model.vision.image_token_id": 9000}, "image_token_id=9000 is outside the vocabulary of 8,448 tokens"),
         ({"vision.warmup_steps": 9}, "vision.warmup_steps=9 is more than train.steps=4"),
         ({"model.family": "qwen3_moe", "vision.tower_lr": 0.5}, "is for a model with a vision tower and this one has none"),
         ({"balance.selection_bias": "true", "balance.bias_rate": 1e-3}, "cannot be written with a selection bias"),
@@ -217,3 +223,18 @@ def test_a_text_model_reads_the_same_shards_without_their_pictures(pictured: Pat
     text = make_parent(tmp_path / "text", experts=8, top_k=2, vocab=8448)
     rows = ran(pictured, tmp_path / "run", **from_checkpoint(text), **{"evaluate.every": 0})
     assert rows[-1]["loss"] > 0
+
+
+@pytest.mark.layouts
+def test_a_run_with_a_frozen_decoder_is_saved_gone_on_from_and_exported(pictured: Path, parent: Path, tmp_path: Path) -> None:
+    made = {**from_checkpoint(parent), "vision.freeze": "[decoder]", "evaluate.every": 0}
+    straight = ran(pictured, tmp_path / "straight", **made)
+    ran(pictured, tmp_path / "run", **made, **{"train.steps": 2})
+    thawed = moexpand(*words(pictured, tmp_path / "run", **{**made, "vision.freeze": "[]"}))
+    assert (thawed.returncode, "vision.freeze was ['decoder'] and is []" in thawed.stderr) == (2, True), thawed.stderr
+    resumed = ran(pictured, tmp_path / "run", **made)
+    assert [row["loss"] for row in resumed] == [row["loss"] for row in straight]
+    assert moexpand("export", f"run={tmp_path / 'run'}", f"target={tmp_path / 'out'}").returncode == 0
+    before, after = tensors(parent), tensors(tmp_path / "out")
+    for name, value in before.items():
+        assert np.array_equal(value.numpy(), after[name].numpy()) == (not name.startswith("model.visual.")), name

@@ -230,7 +230,7 @@ def test_a_fresh_tower_of_another_size_takes_the_place_of_the_old_one(vl: Path, 
     [
         ({}, "is of model_type=qwen3_vl_moe already, so nothing would change"),
         ({"fope": True}, "positions=fope is for family=interns1_pro, and the target is qwen3_vl_moe"),
-        ({"family": "interns1_pro", "rope_theta": 2.0}, "are for positions=fope"),
+        ({"family": "interns1_pro", "rope_theta": 2.0}, "rope_theta=2.0 is for positions=fope"),
         ({"family": "qwen3_moe", "tower": tower(48)}, "tower=fresh is for a model with a tower"),
         ({"tower": tower(64)}, "The fresh tower gives features of 64"),
     ],

@@ -41,6 +41,7 @@ FAMILIES = (
         child="interns1_pro",
         text="text_config",
         prefix="model.language_model.",
+        norm_topk_prob=True,
         vision=_vision,
         carried=_tower,
         buffers=_fope_tables,
