@@ -25,9 +25,14 @@ def image_settings(pictures: Pictures, vision: VisionArchitecture | None, checkp
     """The settings, or None where pictures are left out.
 
     Raises:
-        InputError: the checkpoint's settings do not fit its tower.
+        InputError: the checkpoint's settings do not fit its tower, or limits are given for pictures that are left out.
     """
+    given: dict[str, Any] = {"min_pixels": pictures.min_pixels, "max_pixels": pictures.max_pixels}
     if vision is None or pictures.images == "off":
+        for name, value in given.items():
+            if value is not None:
+                why = "data.images=off leaves them out" if vision is not None else "this model has no vision tower"
+                raise InputError(f"data.{name}={value} is for pictures and {why}; leave it out.")
         return None
     due: dict[str, Any] = {
         "patch_size": vision.patch_size,
@@ -43,7 +48,6 @@ def image_settings(pictures: Pictures, vision: VisionArchitecture | None, checkp
                     f"{checkpoint} has {name} {getattr(settings, name)} for its pictures and {value} for its vision tower; "
                     f"correct its {SETTINGS} or {CONFIG}."
                 )
-    given: dict[str, Any] = {"min_pixels": pictures.min_pixels, "max_pixels": pictures.max_pixels}
     return replace(settings, **{name: value for name, value in given.items() if value is not None})
 
 

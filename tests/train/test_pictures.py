@@ -180,8 +180,12 @@ def test_a_fresh_intern_s1_pro_trains_and_comes_back_with_its_tables(pictured: P
         ),
         ({"model.norm_topk_prob": "false"}, "model.family=qwen3_vl_moe always normalises"),
         ({"model.vision.image_token_id": 9000}, "image_token_id=9000 is outside the vocabulary of 8,448 tokens"),
+        ({"data.images": "off"}, "data.min_pixels=256 is for pictures and data.images=off leaves them out"),
         ({"vision.warmup_steps": 9}, "vision.warmup_steps=9 is more than train.steps=4"),
-        ({"model.family": "qwen3_moe", "vision.tower_lr": 0.5}, "is for a model with a vision tower and this one has none"),
+        (
+            {"model.family": "qwen3_moe", "vision.tower_lr": 0.5, "data.min_pixels": None, "data.max_pixels": None},
+            "is for a model with a vision tower and this one has none",
+        ),
         ({"balance.selection_bias": "true", "balance.bias_rate": 1e-3}, "cannot be written with a selection bias"),
         (
             {
