@@ -141,7 +141,7 @@ def _check_deepstack(shape: ModelShape, config: TransformerConfig) -> None:
     if layers < deep:
         raise InputError(
             f"DeepStack adds features to the first {deep} layers and the first part of the pipeline has {layers}; lower "
-            "parallel.pipeline or parallel.interleave."
+            "parallel.pipeline or parallel.interleave, or raise parallel.first_layers."
         )
 
 

@@ -4,7 +4,6 @@ What a conversion changes is in its config.json, which `converted_config` makes;
 the source, changed or fresh. One tensor is held at a time.
 """
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -231,11 +230,3 @@ class Conversion:
             return "F32"
         found = self._sources(name) or [self.source.family.embedding_name()]
         return self.source.info(found[0]).dtype
-
-
-def parts_of(names: Iterable[str], part: Callable[[str], str]) -> dict[str, int]:
-    """How many tensors of each part there are."""
-    counts: dict[str, int] = {}
-    for name in names:
-        counts[part(name)] = counts.get(part(name), 0) + 1
-    return counts

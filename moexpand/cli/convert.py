@@ -1,5 +1,6 @@
 """`moexpand convert`: another kind of model of a checkpoint, and what that costs before any training."""
 
+from collections import Counter
 from pathlib import Path
 
 from moexpand.base.errors import InputError
@@ -12,7 +13,7 @@ from moexpand.train import damage
 from moexpand.train.fresh import fresh_tower
 from moexpand.upcycle.architecture import VisionArchitecture
 from moexpand.upcycle.checkpoint import Checkpoint, open_checkpoint
-from moexpand.upcycle.conversion import Changes, Conversion, parts_of
+from moexpand.upcycle.conversion import Changes, Conversion
 from moexpand.upcycle.family import part_of
 from moexpand.upcycle.folder import write_checkpoint
 
@@ -78,10 +79,10 @@ def changes_of(config: ConvertCommand, source: Checkpoint) -> Changes:
 def _announce(console: Console, conversion: Conversion) -> None:
     source, arch = conversion.source, conversion.architecture
     console.line(f"{source.folder}: {source.architecture.model_type} -> {arch.model_type}.")
-    left = parts_of(conversion.left_out, part_of)
+    left = Counter(map(part_of, conversion.left_out))
     if left:
         told = ", ".join(f"{count} of {part}" for part, count in left.items())
-        console.line(f"Left out are {sum(left.values())} tensors: {told}.")
+        console.line(f"Left out are {left.total()} tensors: {told}.")
     if conversion.changes.tower is not None:
         console.line(
             f"The vision tower is fresh (seed {conversion.changes.seed}): train it first, with vision.freeze=[decoder] or "
