@@ -19,7 +19,6 @@ from torch.nn.attention.bias import causal_lower_right
 
 from moexpand.parallel import context
 from moexpand.parallel.batch import Stream
-from moexpand.parallel.segments import by_length
 
 
 class PackedAttention(torch.nn.Module):
@@ -52,30 +51,31 @@ class PackedAttention(torch.nn.Module):
             [t, 1, N * D].
         """
         assert isinstance(packed_seq_params, Stream)
-        assert packed_seq_params.rotary is not None
+        stream = packed_seq_params
+        assert stream.rotary is not None
         tokens, _, heads, width = query.shape
-        bounds = packed_seq_params.cu_seqlens_q.tolist()
-        query_tND, key_tMD = (packed_seq_params.rotary.turn(each.squeeze(1)) for each in (query, key))
+        query_tND, key_tMD = (stream.rotary.turn(each.squeeze(1)) for each in (query, key))
         value_tMD = value.squeeze(1)
         size = context.group().size()
         if size == 1:
-            output = self._segments(query_tND, key_tMD, value_tMD, list(pairwise(bounds)))
+            segments = stream.segments(0, pairwise(stream.cu_seqlens_q.tolist()), query.device)
+            output = segments.compute(self._attend, query_tND, key_tMD, value_tMD)
         else:
             key_TMD, value_TMD = context.gather(torch.stack((key_tMD, value_tMD), 1)).unbind(1)
             chunks = context.own_chunks(tokens * size, size, context.group().rank())
             output = torch.cat(
                 [
-                    self._chunk(part_ND, key_TMD, value_TMD, chunk, bounds)
+                    self._chunk(part_ND, key_TMD, value_TMD, chunk, stream)
                     for part_ND, chunk in zip(query_tND.chunk(2), chunks, strict=True)
                 ]
             )
         return output.reshape(tokens, 1, heads * width)
 
     def _chunk(
-        self, query: torch.Tensor, key_TMD: torch.Tensor, value_TMD: torch.Tensor, chunk: range, bounds: list[int]
+        self, query: torch.Tensor, key_TMD: torch.Tensor, value_TMD: torch.Tensor, chunk: range, stream: Stream
     ) -> torch.Tensor:
         """Queries [t/2, N, D] of a chunk of the stream against the keys of the whole stream."""
-        outputs, pieces = [], list(_pieces(chunk, bounds))
+        outputs, pieces = [], list(_pieces(chunk, stream.cu_seqlens_q.tolist()))
         start, stop = pieces[0]
         if start < chunk.start:  # began in an earlier chunk: the mask is aligned at the end of keys and queries
             rows = stop - chunk.start
@@ -86,14 +86,9 @@ class PackedAttention(torch.nn.Module):
             first = pieces[0][0]
             key, value = key_TMD[first : chunk.stop], value_TMD[first : chunk.stop]
             inside = [(start - first, stop - first) for start, stop in pieces]
-            outputs.append(self._segments(query[first - chunk.start :], key, value, inside))
+            segments = stream.segments(chunk.start, inside, query.device)
+            outputs.append(segments.compute(self._attend, query[first - chunk.start :], key, value))
         return torch.cat(outputs)
-
-    def _segments(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: list[tuple[int, int]]
-    ) -> torch.Tensor:
-        """Whole segments, which fill the stream: [t, heads, D] -> [t, N, D]."""
-        return by_length(segments, self._attend, query, key, value)
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, length: int) -> torch.Tensor:
         """Segments of one length, one behind the other: [B*S, heads, D] -> [B*S, N, D]."""

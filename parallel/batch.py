@@ -1,17 +1,21 @@
-"""A micro-batch on the device: one packed stream of tokens, and the pictures whose places are in it."""
+"""A micro-batch on the device: one packed stream of tokens, and the pictures and time series whose places are in it."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
+from moexpand.base.series import tokens_of
 from moexpand.parallel import context, pictures
 from moexpand.parallel.fusion import DeepFeatures
 from moexpand.parallel.pictures import Pictures
 from moexpand.parallel.rotary import RotaryTables
+from moexpand.parallel.segments import Segments
 from moexpand.parallel.shape import ModelShape
+from moexpand.parallel.time_series import Series
 
 
 @dataclass
@@ -24,8 +28,17 @@ class Stream(PackedSeqParams):
     positions: torch.Tensor | None = None
     pictures: Pictures | None = None
     feature_at: torch.Tensor | None = None
+    series: Series | None = None
+    series_at: torch.Tensor | None = None
     rotary: RotaryTables | None = None
     deep: DeepFeatures | None = None
+    _segments: dict[int, Segments] = field(default_factory=dict)
+
+    def segments(self, part: int, bounds: Iterable[tuple[int, int]], device: torch.device) -> Segments:
+        """The segments of a part of the stream, the same object for all layers."""
+        if part not in self._segments:
+            self._segments[part] = Segments(bounds, device)
+        return self._segments[part]
 
 
 @dataclass(frozen=True)
@@ -40,6 +53,7 @@ class PackedBatch:
             it is that of the whole stream also where the others are one rank's part.
         feature_at: int64 [T], which feature of the pictures stands at a token, -1 at all others; None without a tower.
         pictures: all of the whole stream.
+        series_at, series: the same of time series.
     """
 
     tokens: torch.Tensor
@@ -49,6 +63,8 @@ class PackedBatch:
     cu_seqlens: torch.Tensor
     feature_at: torch.Tensor | None = None
     pictures: Pictures | None = None
+    series_at: torch.Tensor | None = None
+    series: Series | None = None
 
     @classmethod
     def from_arrays(
@@ -57,7 +73,8 @@ class PackedBatch:
         """From any object with numpy arrays of the names above, such as the loader's micro-batches.
 
         Args:
-            arrays: with pictures also `patches`, uint8 [P, C * S * S], and `grids`, int64 [pictures, 3].
+            arrays: with pictures also `patches`, uint8 [P, C * S * S], and `grids`, int64 [pictures, 3]; with time series
+                `series`, float32 [n, C] each, and `rates` in Hz.
             shape: of the model that takes the batch; needed for one with a tower or with positions on three axes.
             pixel_table: float32 [C, 256], the value of each byte of each colour; needed where there are pictures.
         """
@@ -71,15 +88,19 @@ class PackedBatch:
             token, merge = shape.vision.image_token_id, shape.vision.spatial_merge_size
             patches: Any = getattr(arrays, "patches", None)
             grids = [] if patches is None else [tuple(grid) for grid in arrays.grids.tolist()]
-            places = int((arrays.tokens == token).sum())
             due = sum(pictures.features_of(grid, merge) for grid in grids)
-            assert places == due, f"{places} placeholders stand for pictures of {due} features"
-            seen["feature_at"] = on_device(pictures.feature_at(arrays.tokens, token))
+            seen["feature_at"] = on_device(_places(arrays.tokens, token, due))
             if grids:
                 assert pixel_table is not None
-                seen["pictures"] = Pictures(on_device(patches), grids, on_device(pixel_table))
+                seen["pictures"] = Pictures(torch.from_numpy(np.ascontiguousarray(patches)), grids, on_device(pixel_table))
             if shape.mrope_section:
                 positions = pictures.axes(arrays.tokens, arrays.cu_seqlens, grids, token, merge)
+        if shape is not None and shape.time_series is not None:
+            values, rates = getattr(arrays, "series", None) or [], getattr(arrays, "rates", None) or []
+            due = sum(tokens_of(len(each), rate) for each, rate in zip(values, rates, strict=True))
+            seen["series_at"] = on_device(_places(arrays.tokens, shape.time_series.ts_token_id, due))
+            if values:
+                seen["series"] = Series([torch.from_numpy(np.ascontiguousarray(each)) for each in values], list(rates))
         return cls(
             tokens=on_device(arrays.tokens),
             labels=on_device(arrays.labels),
@@ -111,8 +132,8 @@ class PackedBatch:
         """
         numbers = torch.arange(first, first + self.tokens.numel(), device=self.tokens.device)
         tags = 2 * numbers + (self.loss_mask == 0)
-        names = ("tokens", "labels", "loss_mask") + (("feature_at",) if self.feature_at is not None else ())
-        own: dict[str, Any] = {name: context.split(getattr(self, name)) for name in names}
+        names = ("tokens", "labels", "loss_mask", "feature_at", "series_at")
+        own: dict[str, Any] = {name: context.split(whole) for name in names if (whole := getattr(self, name)) is not None}
         own["positions"] = context.split(self.positions.movedim(-1, 0)).movedim(0, -1)
         return replace(self, **own), context.split(tags)
 
@@ -125,4 +146,13 @@ class PackedBatch:
             positions=self.positions,
             pictures=self.pictures,
             feature_at=self.feature_at,
+            series=self.series,
+            series_at=self.series_at,
         )
+
+
+def _places(tokens: np.ndarray, placeholder: int, features: int) -> np.ndarray:
+    """Which feature stands at each token, see `pictures.feature_at`."""
+    found = int((tokens == placeholder).sum())
+    assert found == features, f"{found} tokens {placeholder} hold the places of {features} features"
+    return pictures.feature_at(tokens, placeholder)

@@ -40,12 +40,17 @@ class Rates:
     routers: float | None = None
     tower: float | None = None
     projector: float | None = None
+    time_series: float | None = None
 
 
-PARTS = {"projector": ("vision.merger.", "vision.deepstack_merger_list."), "tower": ("vision.",)}
+PARTS = {
+    "projector": ("vision.merger.", "vision.deepstack_merger_list."),
+    "tower": ("vision.",),
+    "time_series": ("time_series.",),
+}
 """Beginnings of the names, in a stage, of parameters that have a learning rate of their own; the first that fits counts."""
 
-_TAGS = {"tower": 2.0, "projector": 3.0}
+_TAGS = {"tower": 2.0, "projector": 3.0, "time_series": 4.0}
 """Megatron-Core tells parameter groups apart by a few of their fields; `lr_mult`, which is not used as such, marks ours."""
 
 
@@ -101,7 +106,7 @@ def weights_settled(wrapped: Sequence[DistributedDataParallel]) -> Iterator[None
 def build(wrapped: Sequence[DistributedDataParallel], settings: AdamSettings) -> Any:
     """The optimiser over all parameters, its states split over data-parallel ranks (experts: expert-data-parallel ranks).
 
-    Routers are a parameter group of their own, told by Megatron-Core's `is_decoupled_lr`; so are tower and projector.
+    Routers are a parameter group of their own, told by Megatron-Core's `is_decoupled_lr`; so are the keys of `PARTS`.
     """
     dtype = wrapped[0].config.params_dtype
     cpu.enable()

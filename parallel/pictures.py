@@ -21,7 +21,7 @@ class Pictures:
     """All pictures of a micro-batch in the order of their tokens.
 
     Attributes:
-        patches: uint8 [P, C * S * S], on the device.
+        patches: uint8 [P, C * S * S], in main memory: each rank takes what it computes to its device.
         grids: of each picture; their products add up to P.
         table: float32 [C, 256], on the device: the normalised value of each byte of each colour.
     """
@@ -33,7 +33,7 @@ class Pictures:
     def pixels(self, numbers: Sequence[int], frames: int) -> torch.Tensor:
         """Normalised patches of some pictures, float32 [P', C * F * S * S]; a picture repeats its one frame."""
         ends = np.cumsum([0] + [int(np.prod(grid)) for grid in self.grids])
-        rows = torch.cat([self.patches[ends[number] : ends[number + 1]] for number in numbers])
+        rows = torch.cat([self.patches[ends[number] : ends[number + 1]] for number in numbers]).to(self.table.device)
         colours = self.table.shape[0]
         looked_up = [self.table[colour][each.int()] for colour, each in enumerate(rows.view(len(rows), colours, -1).unbind(1))]
         return torch.stack(looked_up, 1)[:, :, None].expand(-1, -1, frames, -1).flatten(1)

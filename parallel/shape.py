@@ -27,6 +27,28 @@ class VisionShape:
 
 
 @dataclass(frozen=True)
+class TimeSeriesShape:
+    """Intern-S1-Pro's time-series encoder; the names are those of its `ts_config`, where that has them."""
+
+    d_model: int
+    encoder_layers: int
+    encoder_attention_heads: int
+    encoder_ffn_dim: int
+    max_source_positions: int
+    num_mel_bins: int
+    ts_adapt_in_dim: int
+    """Twice the width of a patch."""
+    ts_hidden_dim: int
+    out_hidden_size: int
+    ts_token_id: int
+    """The token that holds a feature's place."""
+    patch_heads: int = 8
+    patch_ffn_dim: int = 2048
+    longest_patch: int = 20_000
+    """Entries of the table of a point's places in its patch."""
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """A Qwen3-MoE decoder; the names are those of its Hugging Face config."""
 
@@ -59,6 +81,8 @@ class ModelShape:
     """What the names of the decoder's tensors begin with in a checkpoint."""
     vision: VisionShape | None = None
     """The tower whose features take the places of `vision.image_token_id`."""
+    time_series: TimeSeriesShape | None = None
+    """The encoder whose features take the places of `time_series.ts_token_id`."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""A pipeline stage: Megatron-Core's GPTModel with positions, pictures and a loss of our own.
+"""A pipeline stage: Megatron-Core's GPTModel with positions, pictures, time series and a loss of our own.
 
-Queries and keys are turned by tables that are made once a micro-batch (rotary.py), features of pictures take their tokens' places
-behind the embedding (fusion.py), and the last part turns hidden states into a loss without keeping logits (head.py).
+Queries and keys are turned by tables that are made once a micro-batch (rotary.py), features of pictures and series take their
+tokens' places behind the embedding (fusion.py), and the last part turns hidden states into a loss without keeping logits (head.py).
 """
 
 from typing import Any
@@ -15,6 +15,7 @@ from moexpand.parallel.batch import Stream
 from moexpand.parallel.head import head_loss
 from moexpand.parallel.rotary import Rotary
 from moexpand.parallel.shape import ModelShape
+from moexpand.parallel.time_series import TimeSeriesEncoder
 from moexpand.parallel.vision import VisionTower
 
 
@@ -45,10 +46,14 @@ class Stage(GPTModel):
         super().__init__(*args, **options)
         self.rotary = Rotary(shape, self.config.params_dtype)
         self.vision: VisionTower | None = None
+        self.time_series: TimeSeriesEncoder | None = None
         if self.pre_process and shape.vision is not None:
             self.vision = VisionTower(shape.vision, self.config.params_dtype, recompute)
-            for parameter in self.vision.parameters():
-                # The tensor-parallel ranks compute different pictures, so that their gradients are added up.
+        if self.pre_process and shape.time_series is not None:
+            self.time_series = TimeSeriesEncoder(shape.time_series, self.config.params_dtype, recompute)
+        for encoder in (self.vision, self.time_series):
+            for parameter in encoder.parameters() if encoder is not None else ():
+                # The tensor-parallel ranks compute different pictures and series, so that their gradients are added up.
                 parameter.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
         if self.post_process:
             # Megatron-Core builds this layer itself and can be told no other; ours has the same state.
@@ -60,13 +65,21 @@ class Stage(GPTModel):
         stream.rotary = self.rotary(stream.positions)
         hidden, *rest = super()._preprocess(*args, packed_seq_params=stream, **others)
         if self.vision is not None:
-            feature_at = stream.feature_at
-            if feature_at is None:  # tokens without a place for a picture
-                feature_at = torch.full((stream.positions.shape[-1],), -1, device=stream.positions.device)
-            if self.config.sequence_parallel:
-                feature_at = feature_at.chunk(self.pg_collection.tp.size())[self.pg_collection.tp.rank()]
-            hidden, stream.deep = fusion.insert(hidden, stream.pictures, feature_at, self.vision)
+            features = fusion.picture_features(stream.pictures, self.vision)
+            hidden, stream.deep = fusion.insert(hidden, features, self._own_places(stream, stream.feature_at))
+        if self.time_series is not None:
+            features = fusion.series_features(stream.series, self.time_series)
+            hidden, _ = fusion.insert(hidden, features, self._own_places(stream, stream.series_at))
         return hidden, *rest
+
+    def _own_places(self, stream: Stream, feature_at: torch.Tensor | None) -> torch.Tensor:
+        """Which feature stands at each token of this rank."""
+        if feature_at is None:  # tokens without a place for one
+            assert stream.positions is not None
+            feature_at = torch.full((stream.positions.shape[-1],), -1, device=stream.positions.device)
+        if self.config.sequence_parallel:
+            return feature_at.chunk(self.pg_collection.tp.size())[self.pg_collection.tp.rank()]
+        return feature_at
 
     def sharded_state_dict(self, *args: Any, **options: Any) -> Any:
         """Megatron-Core's; tables that every stage holds are stored once."""

@@ -13,32 +13,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn import GELU, Conv1d, Embedding, LayerNorm, Linear, Module, ModuleList, TransformerEncoder, TransformerEncoderLayer
+from torch.nn import GELU, Conv1d, Embedding, LayerNorm, Linear, Module, ModuleList, Parameter
 from torch.nn.functional import gelu, pad, relu, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from moexpand.base.series import padded_length, stride_of
+from moexpand.parallel.shape import TimeSeriesShape
 
 CHUNK = 1 << 13
 """Points of all patches and channels that are encoded at a time, so that memory does not grow with the series."""
 
 
 @dataclass(frozen=True)
-class TimeSeriesShape:
-    """Sizes of the encoder; the names are those of `ts_config`."""
+class Series:
+    """All time series of a micro-batch in the order of their tokens.
 
-    d_model: int = 1024
-    encoder_layers: int = 17
-    encoder_attention_heads: int = 16
-    encoder_ffn_dim: int = 4096
-    max_source_positions: int = 1500
-    num_mel_bins: int = 80
-    ts_adapt_in_dim: int = 256
-    ts_hidden_dim: int = 1024
-    out_hidden_size: int = 4096
-    patch_heads: int = 8
-    patch_ffn_dim: int = 2048
-    longest_patch: int = 20_000
+    Attributes:
+        values: float32 [n, C] each, in main memory: each rank takes what it computes to its device.
+        rates: sampling rate of each in Hz.
+    """
+
+    values: list[torch.Tensor]
+    rates: list[float]
 
 
 class PatchPositions(Module):
@@ -59,6 +55,57 @@ class PatchPositions(Module):
         return x_BWD + self.pe[: x_BWD.shape[1], 0]
 
 
+class PatchAttention(Module):
+    """Every point of a patch attends to all of its points. Parameters have the names of torch's MultiheadAttention.
+
+    That class reads the weights of `out_proj` without calling it, so nothing could wait for them under `parallel.overlap`.
+    """
+
+    def __init__(self, width: int, heads: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = Parameter(torch.nn.init.xavier_uniform_(torch.empty(3 * width, width, dtype=dtype)))
+        self.in_proj_bias = Parameter(torch.zeros(3 * width, dtype=dtype))
+        self.out_proj = Linear(width, width, dtype=dtype)
+
+    def forward(self, x_BWD: torch.Tensor) -> torch.Tensor:
+        """[B, W, D] to [B, W, D]."""
+        joint = torch.nn.functional.linear(x_BWD, self.in_proj_weight, self.in_proj_bias)
+        query, key, value = joint.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.out_proj(scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+
+
+class PatchLayer(Module):
+    """Attention and perceptron, each added to what came in and then normalised, as torch's TransformerEncoderLayer is."""
+
+    def __init__(self, width: int, heads: int, inner: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.self_attn = PatchAttention(width, heads, dtype)
+        self.linear1 = Linear(width, inner, dtype=dtype)
+        self.linear2 = Linear(inner, width, dtype=dtype)
+        self.norm1 = LayerNorm(width, dtype=dtype)
+        self.norm2 = LayerNorm(width, dtype=dtype)
+
+    def forward(self, x_BWD: torch.Tensor) -> torch.Tensor:
+        """[B, W, D] to [B, W, D]."""
+        x_BWD = self.norm1(x_BWD + self.self_attn(x_BWD))
+        return self.norm2(x_BWD + self.linear2(relu(self.linear1(x_BWD))))
+
+
+class PatchTransformer(Module):
+    """The layers of a patch's encoder, of which there is one."""
+
+    def __init__(self, layer: PatchLayer) -> None:
+        super().__init__()
+        self.layers = ModuleList([layer])
+
+    def forward(self, x_BWD: torch.Tensor) -> torch.Tensor:
+        """[B, W, D] to [B, W, D]."""
+        for layer in self.layers:
+            x_BWD = layer(x_BWD)
+        return x_BWD
+
+
 class PatchEncoder(Module):
     """Patches of a series to frames of twice a patch's width, one for every two patches."""
 
@@ -66,8 +113,7 @@ class PatchEncoder(Module):
         super().__init__()
         width = shape.ts_adapt_in_dim // 2
         self.conv = Conv1d(1, width, kernel_size=5, padding=2, dtype=dtype)
-        layer = TransformerEncoderLayer(width, shape.patch_heads, shape.patch_ffn_dim, dropout=0.0, batch_first=True, dtype=dtype)
-        self.transformer_encoder = TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        self.transformer_encoder = PatchTransformer(PatchLayer(width, shape.patch_heads, shape.patch_ffn_dim, dtype))
         self.pos_encoder = PatchPositions(width, shape.longest_patch, dtype)
 
     def forward(self, series_nC: torch.Tensor, rate: float) -> torch.Tensor:
@@ -134,9 +180,9 @@ class EncoderLayer(Module):
 class FrameEncoder(Module):
     """Frames to half as many tokens, as Whisper does it, with a causal mask and learned positions (0 beyond the table)."""
 
-    def __init__(self, shape: TimeSeriesShape, dtype: torch.dtype) -> None:
+    def __init__(self, shape: TimeSeriesShape, dtype: torch.dtype, recompute: bool) -> None:
         super().__init__()
-        width = shape.d_model
+        self.recompute, width = recompute, shape.d_model
         self.adapt_in = Linear(shape.ts_adapt_in_dim, shape.num_mel_bins, dtype=dtype)
         self.conv1 = Conv1d(shape.num_mel_bins, width, kernel_size=3, padding=1, dtype=dtype)
         self.conv2 = Conv1d(width, width, kernel_size=3, stride=2, padding=1, dtype=dtype)
@@ -153,7 +199,10 @@ class FrameEncoder(Module):
         positions = self.embed_positions(torch.arange(known, device=x_tD.device))
         x_tD = x_tD + pad(positions, (0, 0, 0, len(x_tD) - len(positions)))
         for layer in self.layers:
-            x_tD = layer(x_tD)
+            if self.recompute and self.training and torch.is_grad_enabled():
+                x_tD = checkpoint(layer, x_tD, use_reentrant=False)
+            else:
+                x_tD = layer(x_tD)
         return self.adapt_out(self.layer_norm(x_tD))
 
 
@@ -173,13 +222,17 @@ class Projector(Module):
 
 
 class TimeSeriesEncoder(Module):
-    """Series to features. Each is encoded for itself, so that none depends on what it is batched with."""
+    """Series to features. Each is encoded for itself, so that none depends on what it is batched with.
 
-    def __init__(self, shape: TimeSeriesShape, dtype: torch.dtype = torch.float32) -> None:
+    Args:
+        recompute: layers are computed again in the backward pass instead of keeping what they computed; patches always are.
+    """
+
+    def __init__(self, shape: TimeSeriesShape, dtype: torch.dtype = torch.float32, recompute: bool = False) -> None:
         super().__init__()
         self.shape, self.dtype = shape, dtype
         self.encoder_embed = PatchEncoder(shape, dtype)
-        self.encoder = FrameEncoder(shape, dtype)
+        self.encoder = FrameEncoder(shape, dtype, recompute)
         self.projector = Projector(shape, dtype)
 
     def forward(self, series: Sequence[torch.Tensor], rates: Sequence[float]) -> list[torch.Tensor]:

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moexpand.parallel.pictures import Grid
 from moexpand.parallel.rotary import RotaryTables
-from moexpand.parallel.segments import by_length
+from moexpand.parallel.segments import Segments
 from moexpand.parallel.shape import VisionShape
 
 EPS = 1e-6
@@ -56,11 +56,11 @@ class Attention(Module):
         self.qkv = Linear(shape.hidden_size, 3 * shape.hidden_size, dtype=dtype)
         self.proj = Linear(shape.hidden_size, shape.hidden_size, dtype=dtype)
 
-    def forward(self, x: torch.Tensor, frames: list[tuple[int, int]], rotary: RotaryTables) -> torch.Tensor:
-        """[P, h] to [P, h]; `frames` are first and last-but-one patches."""
+    def forward(self, x: torch.Tensor, frames: Segments, rotary: RotaryTables) -> torch.Tensor:
+        """[P, h] to [P, h]."""
         query, key, value = self.qkv(x).view(len(x), 3, self.heads, -1).unbind(1)
         query, key = (rotary.turn(each.to(rotary.cosines.dtype)).to(x.dtype) for each in (query, key))
-        return self.proj(by_length(frames, _attend, query, key, value).flatten(1))
+        return self.proj(frames.compute(_attend, query, key, value).flatten(1))
 
 
 def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, length: int) -> torch.Tensor:
@@ -92,7 +92,7 @@ class Block(Module):
         self.attn = Attention(shape, dtype)
         self.mlp = Perceptron(shape, dtype)
 
-    def forward(self, x: torch.Tensor, frames: list[tuple[int, int]], rotary: RotaryTables) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, frames: Segments, rotary: RotaryTables) -> torch.Tensor:
         """[P, h] to [P, h]."""
         x = x + self.attn(self.norm1(x), frames, rotary)
         return x + self.mlp(self.norm2(x))
@@ -146,7 +146,7 @@ class VisionTower(Module):
         x = x + self._positions(place).to(x.dtype)
         rotary = self._rotary(place)
         bounds = accumulate([0] + [rows * columns for frames, rows, columns in grids for _ in range(frames)])
-        frames = list(pairwise(bounds))
+        frames = Segments(pairwise(bounds), pixels.device)
         deep: dict[int, torch.Tensor] = {}
         for number, block in enumerate(self.blocks):
             if self.recompute and self.training and torch.is_grad_enabled():

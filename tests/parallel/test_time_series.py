@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 
 from moexpand.base.errors import InputError
 from moexpand.base.series import padded_length, patches_of, stride_of, tokens_of
-from moexpand.parallel.time_series import TimeSeriesEncoder, TimeSeriesShape
+from moexpand.parallel.shape import TimeSeriesShape
+from moexpand.parallel.time_series import TimeSeriesEncoder
 
 SMALL = TimeSeriesShape(
     d_model=32, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=48, max_source_positions=6, num_mel_bins=10,
-    ts_adapt_in_dim=32, ts_hidden_dim=24, out_hidden_size=20, patch_heads=4, patch_ffn_dim=40, longest_patch=400,
+    ts_adapt_in_dim=32, ts_hidden_dim=24, out_hidden_size=20, ts_token_id=7, patch_heads=4, patch_ffn_dim=40, longest_patch=400,
 )  # fmt: skip
 RATES = [0.001, 0.01, 0.3, 1, 10, 50, 100, 180, 250, 500, 999, 1000, 1500, 2000, 5000, 44_100, 1e6]
 LENGTHS = [1, 2, 3, 4, 5, 7, 8, 100, 319, 320, 321, 12_345, 10**6]
@@ -195,10 +196,12 @@ import resource
 import sys
 import torch
 from moexpand.base.series import tokens_of
-from moexpand.parallel.time_series import TimeSeriesEncoder, TimeSeriesShape
+from moexpand.parallel.shape import TimeSeriesShape
+from moexpand.parallel.time_series import TimeSeriesEncoder
 torch.set_num_threads(2)
 encoder = TimeSeriesEncoder(TimeSeriesShape(d_model=32, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=64,
-    ts_adapt_in_dim=16, ts_hidden_dim=64, out_hidden_size=64, patch_heads=1, patch_ffn_dim=16))
+    max_source_positions=1500, num_mel_bins=80, ts_adapt_in_dim=16, ts_hidden_dim=64, out_hidden_size=64, ts_token_id=0,
+    patch_heads=1, patch_ffn_dim=16))
 points, rate, backward = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3] == "backward"
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 with torch.set_grad_enabled(backward):
@@ -220,3 +223,14 @@ def test_a_million_points_at_1_khz_and_more_take_bounded_memory() -> None:
         done = subprocess.run(words, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr
         assert int(done.stdout) < 500, f"{done.stdout.strip()} MiB at {rate} Hz, {passes}"
+
+
+def test_the_layer_of_a_patch_is_torchs_encoder_layer(encoder: TimeSeriesEncoder) -> None:
+    own = encoder.encoder_embed.transformer_encoder
+    layer = torch.nn.TransformerEncoderLayer(
+        16, SMALL.patch_heads, SMALL.patch_ffn_dim, dropout=0.0, batch_first=True, dtype=torch.float64
+    )
+    torchs = torch.nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+    torchs.load_state_dict(own.state_dict())
+    x = torch.randn(5, 20, 16, dtype=torch.float64)
+    assert torch.allclose(own(x), torchs(x), atol=1e-12)
