@@ -3,7 +3,8 @@
 from typing import Protocol
 
 from moexpand.base.errors import InputError
-from moexpand.conf.schema import Parallel, TrainCommand, Vision
+from moexpand.conf.fields import changed
+from moexpand.conf.schema import Parallel, TrainCommand
 
 PARTS = ("tower", "projector", "decoder")
 
@@ -23,11 +24,8 @@ def check_vision(config: TrainCommand, tower: Tower | None) -> None:
     """
     vision = config.vision
     if tower is None:
-        for name in vars(Vision()):
-            if getattr(vision, name) != getattr(Vision(), name):
-                raise InputError(
-                    f"vision.{name}={getattr(vision, name)} is for a model with a vision tower and this one has none."
-                )
+        for given in changed(vision, "vision"):
+            raise InputError(f"{given} is for a model with a vision tower and this one has none; leave it out.")
         return
     unknown = [part for part in vision.freeze if part not in PARTS]
     if unknown:

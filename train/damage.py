@@ -14,6 +14,7 @@ import numpy as np
 from moexpand.base.errors import InputError
 from moexpand.conf.check import check_layout, check_sequence
 from moexpand.conf.check_vision import check_deepstack
+from moexpand.conf.fields import changed
 from moexpand.conf.schema import ConvertCommand
 from moexpand.data.loader import PackedData
 from moexpand.data.stream import Reading
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 def check(config: ConvertCommand, source: Checkpoint, conversion: Conversion) -> PackedData | None:
     """Open the shards and check that both models and the layout can be measured; None where nothing is to be measured."""
     if config.measure.shards is None:
+        _refuse_layout(config)
         return None
     lacking = unsupported(source)
     if lacking:
@@ -39,6 +41,16 @@ def check(config: ConvertCommand, source: Checkpoint, conversion: Conversion) ->
         check_deepstack(config.parallel, architecture.vision, architecture.num_hidden_layers)
     check_sequence("measure.seq_length", config.measure.seq_length, config.parallel)
     return _open(config, source)
+
+
+def _refuse_layout(config: ConvertCommand) -> None:
+    """Keys of the measurement have no effect without it."""
+    parts = (config.measure, "measure"), (config.parallel, "parallel"), (config.precision, "precision")
+    given = [key for part, name in parts for key in changed(part, name)]
+    if config.processes != ConvertCommand.processes:
+        given.append(f"processes={config.processes}")
+    if given:
+        raise InputError(f"{given[0]} is for measuring and nothing is measured; give measure.shards as well, or leave it out.")
 
 
 def _open(config: ConvertCommand, source: Checkpoint) -> PackedData:

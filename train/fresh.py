@@ -3,17 +3,28 @@
 from dataclasses import fields
 
 from moexpand.base.errors import InputError
-from moexpand.conf.model_schema import Model, VisionModel
+from moexpand.conf.fields import changed
+from moexpand.conf.model_schema import FAMILIES, Model, VisionModel
 from moexpand.upcycle.architecture import Architecture, VisionArchitecture
 from moexpand.upcycle.positions import fope_frequencies
 
+OWN = {
+    "vision.deepstack_visual_indexes": ("qwen3_vl_moe",),
+    "vision": ("qwen3_vl_moe", "interns1_pro"),
+    "mrope_section": ("qwen3_vl_moe",),
+    "fope_init_factor": ("interns1_pro",),
+    "fope_sep_head": ("interns1_pro",),
+}
+"""Keys of `model` that have an effect on these families alone; the first that fits holds."""
+
 
 def fresh_architecture(model: Model) -> Architecture:
-    """The architecture; keys that belong to another family are left out.
+    """The architecture; keys that belong to another family must be at their defaults.
 
     Raises:
-        InputError: sizes of the tower or of the positions that cannot be.
+        InputError: a key of another family, or sizes of the tower or of the positions that cannot be.
     """
+    _refuse_keys_of_others(model)
     known = {field.name for field in fields(Architecture)}
     own = {field.name: getattr(model, field.name) for field in fields(model) if field.name in known and field.name != "vision"}
     own |= {"model_type": model.family, "mrope_section": _mrope_section(model)}
@@ -24,6 +35,17 @@ def fresh_architecture(model: Model) -> Architecture:
     rules = {"fope_sep_head": model.fope_sep_head}
     kept = fope_frequencies(rules, model.rope_theta, model.max_position_embeddings, model.head_dim, "model")
     return Architecture(**own, fope_frequencies=kept, fope_by_head=model.fope_sep_head, vision=_vision(model))
+
+
+def _refuse_keys_of_others(model: Model) -> None:
+    for given in changed(model, "model"):
+        key = given.partition("=")[0].removeprefix("model.")
+        families = next((having for name, having in OWN.items() if f"{key}.".startswith(f"{name}.")), FAMILIES)
+        if model.family not in families:
+            raise InputError(
+                f"{given} is for model.family={' or '.join(families)} and has no effect on model.family={model.family}; leave it "
+                "out or choose another family."
+            )
 
 
 def _mrope_section(model: Model) -> tuple[int, ...]:
@@ -65,7 +87,7 @@ def fresh_tower(
         key: where the sizes come from.
 
     Raises:
-        InputError: sizes that cannot be, or a token outside the vocabulary.
+        InputError: sizes that cannot be, blocks for DeepStack where there is none, or a token outside the vocabulary.
     """
     if token >= vocab_size:
         raise InputError(
@@ -83,7 +105,9 @@ def fresh_tower(
             f"{key}.hidden_size={seen.hidden_size} is not a multiple of 4 x {key}.num_heads={seen.num_heads}, and "
             "a quarter of each head turns with the row and with the column."
         )
-    blocks = tuple(seen.deepstack_visual_indexes) if deepstack else ()
+    blocks = tuple(seen.deepstack_visual_indexes)
+    if blocks and not deepstack:
+        raise InputError(f"{key}.deepstack_visual_indexes={list(blocks)} is for Qwen3-VL's kind, not for this one; leave it out.")
     wrong = [block for block in blocks if not 0 <= block < seen.depth]
     if wrong or len(set(blocks)) < len(blocks) or len(blocks) > layers:
         raise InputError(

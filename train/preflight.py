@@ -8,6 +8,7 @@ from moexpand.base.errors import InputError
 from moexpand.base.files import read_json
 from moexpand.conf.check import check_train
 from moexpand.conf.check_vision import check_deepstack, check_vision
+from moexpand.conf.fields import changed
 from moexpand.conf.schema import TrainCommand
 from moexpand.data.loader import PackedData
 from moexpand.train.fresh import fresh_architecture
@@ -112,6 +113,7 @@ def open_supported(folder: str) -> Checkpoint:
 
 def check(config: TrainCommand, world_size: int) -> tuple[Source, PackedData]:
     """Open model and data and check that they, the layout and the ranks agree."""
+    _refuse_shape(config)
     source = source_of(config)
     check_train(config, source.architecture, world_size, _has_selection_bias(config, source))
     check_vision(config, source.architecture.vision)
@@ -120,6 +122,15 @@ def check(config: TrainCommand, world_size: int) -> tuple[Source, PackedData]:
     check_vocabulary(data, data.sources[0].place, source.architecture)
     check_pictures(data, data.sources[0].place, source.architecture)
     return source, data
+
+
+def _refuse_shape(config: TrainCommand) -> None:
+    """A checkpoint has its shape, so keys of a fresh model would change nothing; the default preset gives none."""
+    for given in changed(config.model, "model") if config.checkpoint is not None else []:
+        raise InputError(
+            f"{given} is the shape of a fresh model and checkpoint={config.checkpoint} has its own in config.json; leave "
+            "model=... and model.* out."
+        )
 
 
 def _has_selection_bias(config: TrainCommand, source: Source) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 from moexpand.base.errors import InputError
 from moexpand.base.files import refuse_existing
 from moexpand.cli.workers import run_beside
+from moexpand.conf.fields import changed
 from moexpand.conf.model_schema import VisionModel
 from moexpand.conf.schema import ConvertCommand
 from moexpand.console import Console
@@ -61,8 +62,9 @@ def changes_of(config: ConvertCommand, source: Checkpoint) -> Changes:
         own = arch.vision is not None and told == VisionModel.image_token_id
         token = arch.vision.image_token_id if arch.vision is not None and own else told
         tower = fresh_tower(config.vision, arch.hidden_size, arch.num_hidden_layers, deepstack, token, arch.vocab_size, "vision")
-    elif config.vision != VisionModel():
-        raise InputError("The keys vision.* are the sizes of a fresh tower; give tower=fresh as well, or leave them out.")
+    else:
+        for given in changed(config.vision, "vision"):
+            raise InputError(f"{given} is the size of a fresh tower; give tower=fresh as well, or leave it out.")
     return Changes(
         family=config.family,
         fope=config.positions == "fope",

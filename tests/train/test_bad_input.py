@@ -68,9 +68,14 @@ def test_another_tokenizer_than_the_shards_own_is_refused(refused: Any) -> None:
         ({"parallel.tensor": 2, "train.seq_length": 63}, ("train.seq_length=63",)),
         ({"parallel.experts": 2}, ("parallel.experts", "parallel.expert")),
         ({"train.steps": "many"}, ("train.steps",)),
-        ({"checkpoint": "/nowhere/model"}, ("/nowhere/model",)),
+        (from_checkpoint(Path("/nowhere/model")), ("/nowhere/model is not a folder",)),
+        (
+            {"checkpoint": "/nowhere/model"},
+            ("model.hidden_size=32", "checkpoint=/nowhere/model", "leave model=... and model.* out"),
+        ),
+        ({"model.vision.depth": 2}, ("model.vision.depth=2 is for model.family=qwen3_vl_moe or interns1_pro", "leave it out")),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+    ids=lambda value: " ".join(name for name in value if value[name] is not None) if isinstance(value, dict) else "",
 )
 def test_impossible_settings_are_refused_before_anything_starts(
     refused: Any, changes: dict[str, object], words: tuple[str, ...]

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from moexpand.base.errors import InputError
 from moexpand.conf.check import check_train
 from moexpand.conf.check_vision import check_deepstack, check_vision
 from moexpand.conf.compose import compose
@@ -26,8 +27,36 @@ PUBLISHED = {
 """Totals from the sums of the shapes; that of Qwen3-VL-30B is computed below."""
 
 
-def architecture(preset: str) -> Architecture:
-    return fresh_architecture(compose("train", ["data.shards=x", "run.dir=y", f"model={preset}"]).model)
+def architecture(preset: str, *words: str) -> Architecture:
+    return fresh_architecture(compose("train", ["data.shards=x", "run.dir=y", f"model={preset}", *words]).model)
+
+
+@pytest.mark.parametrize(
+    ("preset", "word", "sentence"),
+    [
+        ("quickstart", "model.vision.depth=2", "is for model.family=qwen3_vl_moe or interns1_pro"),
+        ("quickstart", "model.vision.deepstack_visual_indexes=[0]", "is for model.family=qwen3_vl_moe and has no effect on"),
+        (
+            "quickstart",
+            "model.mrope_section=[8,8,8]",
+            "is for model.family=qwen3_vl_moe and has no effect on model.family=qwen3_moe",
+        ),
+        (
+            "quickstart",
+            "model.fope_sep_head=false",
+            "is for model.family=interns1_pro and has no effect on model.family=qwen3_moe",
+        ),
+        ("quickstart_vl", "model.fope_init_factor=0.1", "is for model.family=interns1_pro and has no effect on"),
+        ("tiny_interns1_pro", "model.mrope_section=[2,3,3]", "has no effect on model.family=interns1_pro; leave it out"),
+        ("tiny_interns1_pro", "model.vision.deepstack_visual_indexes=[0]", "is for model.family=qwen3_vl_moe"),
+        ("tiny_qwen3_vl_30b_a3b", "model.family=interns1_pro", "model.vision.deepstack_visual_indexes=[0] is for"),
+    ],
+)
+def test_keys_of_other_families_are_refused(preset: str, word: str, sentence: str) -> None:
+    with pytest.raises(InputError) as caught:
+        architecture(preset, word)
+    assert sentence in str(caught.value)
+    assert word in str(caught.value)
 
 
 def tower_parameters(out: int) -> int:
