@@ -1,11 +1,12 @@
 """Another kind of model of a checkpoint, not expanded: its text alone, Intern-S1-Pro's kind, Fourier positions, a fresh tower.
 
 What a conversion changes is in its config.json, which `converted_config` makes; `Conversion` finds every tensor of the target in
-the source, changed or fresh. One tensor is held at a time.
+the source, changed or fresh. One tensor is held at a time, of stacks of experts one expert's unit, and every byte is read once.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from moexpand.upcycle.families import FAMILIES, family_of
 from moexpand.upcycle.family import STACKS, Config, Family
 from moexpand.upcycle.fresh_config import special_tokens, vision_part
 from moexpand.upcycle.fresh_weights import fresh_tensor
-from moexpand.upcycle.logical import expert_of
+from moexpand.upcycle.logical import expert_of, read_unchangeable
 from moexpand.upcycle.matrices import read_matrix, stored_unit
 from moexpand.upcycle.safetensors_file import Shape
 from moexpand.upcycle.tensors import stored_tensors
@@ -157,6 +158,7 @@ class Conversion:
         same = self.family is source.family
         self.layout = source.experts_layout if same else self.family.experts_layout
         self.transposed = source.transposed if same else self.family.transposed
+        self._read = lru_cache(maxsize=1)(read_unchangeable)  # a transposed stack holds gate and up of an expert as one run
 
     @cached_property
     def tensors(self) -> dict[str, tuple[str, Shape]]:
@@ -178,20 +180,14 @@ class Conversion:
         half, kept = self.architecture.head_dim // 2, self.architecture.fope_frequencies
         return [*range(kept, half), *range(half + kept, 2 * half)] if self.changes.fope else []
 
-    def produce(self, name: str) -> np.ndarray:
-        """A tensor of the target in its dtype."""
+    def produce(self, name: str) -> np.ndarray | Iterator[np.ndarray]:
+        """A tensor of the target in its dtype; a stack of experts one after the other."""
         stack, prefix = name.rpartition(".")[2], name.rpartition(".")[0]
         if stack in STACKS and prefix.endswith(".mlp.experts"):
-            layer = int(prefix.split(".")[-3])
-            dtype, shape = self.tensors[name]
-            whole = np.empty(shape, NUMPY[dtype])
-            for number in range(self.architecture.num_experts):
-                matrices = [read_matrix(self.source, layer, number, matrix) for matrix in STACKS[stack]]
-                whole[number] = stored_unit(matrices, self.transposed)
-            return whole
+            return self._units(int(prefix.split(".")[-3]), STACKS[stack])
         expert = expert_of(name)
         if expert is not None:
-            return np.ascontiguousarray(read_matrix(self.source, *expert))
+            return np.ascontiguousarray(read_matrix(self.source, *expert, self._read))
         found = self._sources(name)
         if not found:
             return self._fresh(name)
@@ -201,6 +197,11 @@ class Conversion:
             scaled[self.clipped] *= np.float32(HALF)
             return scaled.astype(values.dtype)
         return values
+
+    def _units(self, layer: int, matrices: Sequence[str]) -> Iterator[np.ndarray]:
+        for expert in range(self.architecture.num_experts):
+            read = [read_matrix(self.source, layer, expert, matrix, self._read) for matrix in matrices]
+            yield stored_unit(read, self.transposed)
 
     def _fresh(self, name: str) -> np.ndarray:
         dtype, shape = self.tensors[name]

@@ -1,6 +1,6 @@
 """Write a checkpoint folder from tensors that are produced one at a time; whole or absent."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from itertools import groupby
 from pathlib import Path
@@ -37,7 +37,7 @@ def write_checkpoint(
         config: config.json.
         tensors: dtype (`bfloat16`, `torch.bfloat16` or `BF16`) and shape by name.
         produce: called once a tensor, in the order of `tensors`; returns a torch tensor of the dtype told, or its bytes as a
-            numpy array or anything with the buffer protocol. Only one tensor is held at a time.
+            numpy array or anything with the buffer protocol, or an iterator of its parts. Only one of these is held at a time.
         side_files: folder whose files besides weights, index and configs are copied (tokenizer, chat template, ...).
         max_shard_size: such as `5GB`.
         leave_out: side files that are not copied.
@@ -59,7 +59,7 @@ def write_checkpoint(
         for file, places in groupby(layout.tensors.values(), key=lambda place: str(place.file)):
             with closing(_create(folder, layout, file)) as output:
                 for place in places:
-                    _write(output, _bytes(produce(place.name), place), place, buffer)
+                    _write(output, produce(place.name), place, buffer)
 
 
 def _create(folder: Path, layout: Layout, file: str) -> OutputFile:
@@ -70,16 +70,23 @@ def _create(folder: Path, layout: Layout, file: str) -> OutputFile:
     return output
 
 
-def _write(output: OutputFile, data: memoryview, place: TensorInfo, buffer: memoryview) -> None:
-    """Write a tensor by way of `buffer`, which begins at a page."""
-    with disk_errors(f"writing {place.name} to {output.path}"):
-        for begin in range(0, len(data), PIECE):
-            piece = buffer[: min(PIECE, len(data) - begin)]
-            piece[:] = data[begin : begin + PIECE]
-            output.write(piece, place.start + begin)
+def _write(output: OutputFile, value: Any, place: TensorInfo, buffer: memoryview) -> None:
+    """Write a tensor, whole or in parts, by way of `buffer`, which begins at a page."""
+    done = 0
+    for data in map(_bytes, value) if isinstance(value, Iterator) else [_whole(value, place)]:
+        if done + len(data) <= place.nbytes:
+            with disk_errors(f"writing {place.name} to {output.path}"):
+                for begin in range(0, len(data), PIECE):
+                    piece = buffer[: min(PIECE, len(data) - begin)]
+                    piece[:] = data[begin : begin + PIECE]
+                    output.write(piece, place.start + done + begin)
+        done += len(data)
+    if done != place.nbytes:
+        raise InputError(f"{place.name} was announced with {place.nbytes:,} bytes, but {done:,} were given.")
 
 
-def _bytes(value: Any, place: TensorInfo) -> memoryview:
+def _whole(value: Any, place: TensorInfo) -> memoryview:
+    """The bytes of a tensor that is given as one."""
     if hasattr(value, "untyped_storage"):  # a torch tensor; numpy has no bf16, so its bytes are taken
         import torch
 
@@ -89,9 +96,10 @@ def _bytes(value: Any, place: TensorInfo) -> memoryview:
                 f"{place.name} was announced as {place.dtype} {place.shape}, not {value.dtype} {tuple(value.shape)}."
             )
         value = value.reshape(-1).view(torch.uint8).numpy()
-    elif isinstance(value, np.ndarray):
+    return _bytes(value)
+
+
+def _bytes(value: Any) -> memoryview:
+    if isinstance(value, np.ndarray):
         value = np.ascontiguousarray(value).reshape(-1).view(np.uint8)  # bf16 and fp8 are no formats of a buffer
-    data = memoryview(value).cast("B")
-    if data.nbytes != place.nbytes:
-        raise InputError(f"{place.name} was announced with {place.nbytes:,} bytes, but {data.nbytes:,} were given.")
-    return data
+    return memoryview(value).cast("B")

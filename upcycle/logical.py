@@ -81,7 +81,7 @@ class ExpandedWeights:
         self.folder, self.side_files = recipe.parent.folder, recipe.kept_side_files
         self.config, self.architecture = recipe.config, recipe.architecture
         self._routers = {recipe.family.router_name(layer): layer for layer in self.architecture.moe_layers}
-        self._read = lru_cache(maxsize=len(recipe.matrices))(_read_unchangeable)
+        self._read = lru_cache(maxsize=len(recipe.matrices))(read_unchangeable)
 
     @cached_property
     def names(self) -> list[str]:
@@ -104,8 +104,9 @@ class ExpandedWeights:
         return (-1,) if expert is None else (expert[0], self.recipe.plan.slot_to_parent[expert[0]][expert[1]])
 
 
-def _read_unchangeable(file: Path, start: int, stop: int) -> memoryview:
-    return memoryview(read_range(file, start, stop)).toreadonly()  # several copies are made of it
+def read_unchangeable(file: Path, start: int, stop: int) -> memoryview:
+    """Bytes [start, stop) of a file that several tensors may be made of."""
+    return memoryview(read_range(file, start, stop)).toreadonly()
 
 
 def expert_of(name: str) -> tuple[int, int, str] | None:
