@@ -17,7 +17,7 @@ from moexpand.base.files import disk_errors, read_json, write_atomic
 from moexpand.conf.schema import ReportCommand
 from moexpand.train.report_plots import MANY_POINTS, Run, colours, draw, style, to_svg
 from moexpand.train.report_sections import SECTIONS
-from moexpand.train.tables import EVALUATIONS, METRICS, Rows, read_rows, series
+from moexpand.train.tables import EVALUATIONS, METRICS, read_rows, series
 from moexpand.upcycle.config_json import read_architecture
 
 PAGE = Path("report", "index.html")
@@ -148,22 +148,10 @@ def read_run(folder: Path, name: str) -> Run:
         raise InputError(f"The run folder {folder} {wrong}; give run.dir of a `moexpand train`.")
     if not (folder / METRICS).is_file():
         raise InputError(f"{folder} holds no {METRICS}, so it is no run folder; give run.dir of a `moexpand train`.")
-    rows = _read_table(folder / METRICS)
+    rows = read_rows(folder / METRICS)
     if not rows:
         raise InputError(f"{folder / METRICS} holds no step yet; wait for the first one, or start the run.")
-    return Run(name, read_settings(folder), rows, _read_table(folder / EVALUATIONS))
-
-
-def _read_table(path: Path) -> Rows:
-    damaged = f"{path} is damaged: a line in it is no JSON object with a step; remove that line."
-    with disk_errors(f"reading {path}"):
-        try:
-            rows = read_rows(path)
-        except ValueError:
-            raise InputError(damaged) from None
-    if not all(isinstance(row, dict) and type(row.get("step")) is int for row in rows):
-        raise InputError(damaged)
-    return rows
+    return Run(name, read_settings(folder), rows, read_rows(folder / EVALUATIONS))
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from moexpand.base.errors import InputError
 from moexpand.base.files import disk_errors, write_atomic
 
 METRICS = "metrics.jsonl"
@@ -16,11 +17,14 @@ Rows = list[dict[str, Any]]
 
 
 class Table:
-    """A .jsonl file of rows with a `step`; going on from step N first removes what an interrupted run wrote beyond it."""
+    """A .jsonl file of rows with a `step`; going on from step N first removes what an interrupted run wrote beyond it.
+
+    Below 0 that is everything.
+    """
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
-        kept = [row for row in read_rows(path) if row["step"] <= step]
+        kept = [row for row in read_rows(path) if row["step"] <= step] if step >= 0 else []
         self.steps = {row["step"] for row in kept}
         with disk_errors(f"writing {path}"):
             write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
@@ -38,10 +42,26 @@ class Table:
 
 
 def read_rows(path: Path) -> Rows:
-    """All rows of a table; none where there is no file. What follows the last line break was cut off in the middle."""
+    """All rows of a table; none where there is no file. What follows the last line break was cut off in the middle.
+
+    Raises:
+        InputError: a whole line is damaged.
+    """
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line]
+    with disk_errors(f"reading {path}"):
+        lines = path.read_bytes().split(b"\n")[:-1]
+    return [_row(line, number, path) for number, line in enumerate(lines, 1) if line]
+
+
+def _row(line: bytes, number: int, path: Path) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except ValueError:
+        row = None
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        raise InputError(f"{path} is damaged: line {number} is no JSON object with a step; remove that line.")
+    return row
 
 
 def series(rows: Rows, key: str) -> tuple[np.ndarray, np.ndarray]:

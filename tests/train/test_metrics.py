@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moexpand.base.errors import EnvironmentFailure
+from moexpand.base.errors import EnvironmentFailure, InputError
 from moexpand.parallel.engine import StepReport
 from moexpand.parallel.optimizer import Rates
 from moexpand.train.checkpoints import Progress
@@ -80,9 +80,25 @@ def test_going_on_removes_what_lies_beyond_the_checkpoint(tmp_path: Path) -> Non
     assert [each.name for each in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+@pytest.mark.parametrize("damaged", [b'{"step": 2, "lo', b"\0\0\0\0", b"\xff\xfe", b'{"loss": 1.0}', b"[2]"])
+def test_a_damaged_line_is_named_and_the_file_stays(tmp_path: Path, damaged: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    content = b'{"step": 1}\n' + damaged + b'\n{"step": 3}\n{"st'
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=rf"{path} is damaged: line 2 is no JSON object with a step; remove that line\.$"):
+        Table(path, 3)
+    assert path.read_bytes() == content
+    path.write_bytes(content.replace(damaged + b"\n", b""))
+    Table(path, 3).close()
+    assert read_rows(path) == [{"step": 1}, {"step": 3}]
+
+
 def test_a_new_run_starts_without_rows(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     Table(tmp_path / "metrics.jsonl", 0).close()
+    assert read_rows(tmp_path / "metrics.jsonl") == []
+    (tmp_path / "metrics.jsonl").write_text("damaged\n")
+    Table(tmp_path / "metrics.jsonl", -1).close()
     assert read_rows(tmp_path / "metrics.jsonl") == []
 
 
