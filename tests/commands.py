@@ -1,4 +1,4 @@
-"""The real command in a process of its own."""
+"""The real command, in a process of its own or in this one."""
 
 import os
 import subprocess
@@ -33,6 +33,13 @@ def moexpand(*words: object, timeout: float = 240.0) -> subprocess.CompletedProc
             process.kill()
             process.communicate()
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def run_here(*words: object) -> int:
+    """Run `moexpand WORDS...` in this process and return its exit code."""
+    from moexpand.cli import main
+
+    return main([str(word) for word in words])
 
 
 def sentence(done: subprocess.CompletedProcess[str], code: int) -> str:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.closed_form import weights_of
-from tests.commands import moexpand
+from tests.commands import moexpand, run_here
 from tests.train.conftest import STEPS, from_checkpoint, settings
 
 TOKENS = np.random.default_rng(2).integers(0, 8448, (2, 16))
@@ -29,14 +29,8 @@ def child_run(child: Path, shards: Path, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="module")
 def exported_child(child_run: Path) -> Path:
     target = child_run.with_name("exported")
-    assert _main("export", f"run={child_run}", f"target={target}") == 0
+    assert run_here("export", f"run={child_run}", f"target={target}") == 0
     return target
-
-
-def _main(*words: object) -> int:
-    from moexpand.cli import main
-
-    return main([str(word) for word in words])
 
 
 def _rows(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
@@ -51,7 +45,7 @@ def _load(folder: Path, **options: Any) -> Any:
 
 def _engine_logits(folder: Path, scratch: Path) -> np.ndarray:
     np.save(scratch / "tokens.npy", TOKENS)
-    assert _main("logits", f"checkpoint={folder}", f"tokens={scratch / 'tokens.npy'}", f"out={scratch / 'out.npy'}") == 0
+    assert run_here("logits", f"checkpoint={folder}", f"tokens={scratch / 'tokens.npy'}", f"out={scratch / 'out.npy'}") == 0
     return np.load(scratch / "out.npy")
 
 
@@ -100,7 +94,7 @@ def test_the_exported_weights_are_those_of_the_last_step(straight: Path, exporte
 
 
 def test_an_earlier_step_can_be_exported(straight: Path, exported: Path, tmp_path: Path) -> None:
-    assert _main("export", f"run={straight}", f"target={tmp_path / 'early'}", "step=5") == 0
+    assert run_here("export", f"run={straight}", f"target={tmp_path / 'early'}", "step=5") == 0
     early, late = weights_of(tmp_path / "early"), weights_of(exported)
     assert early.keys() == late.keys()
     moved = np.abs(early["lm_head.weight"] - late["lm_head.weight"]).max()
@@ -144,7 +138,7 @@ def test_for_lmdeploy_the_groups_are_named_and_the_danger_said(
     child_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = tmp_path / "lmdeploy"
-    assert _main("export", f"run={child_run}", f"target={target}", "format=lmdeploy") == 0
+    assert run_here("export", f"run={child_run}", f"target={target}", "format=lmdeploy") == 0
     config = json.loads((target / "config.json").read_text())
     assert (config["model_type"], config["architectures"]) == ("qwen3_moe", ["Qwen3MoeForCausalLM"])
     assert (config["router_n_groups"], config["num_experts"]) == (8, 512)
@@ -157,7 +151,7 @@ def test_for_lmdeploy_the_groups_are_named_and_the_danger_said(
 
 
 def test_lmdeploys_format_is_refused_for_a_model_without_groups(straight: Path, tmp_path: Path, capsys: Any) -> None:
-    assert _main("export", f"run={straight}", f"target={tmp_path / 'target'}", "format=lmdeploy") == 2
+    assert run_here("export", f"run={straight}", f"target={tmp_path / 'target'}", "format=lmdeploy") == 2
     assert "one group" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -169,7 +163,7 @@ def test_what_cannot_be_exported_leaves_nothing(straight: Path, exported: Path, 
         ([f"run={tmp_path / 'nothing'}", f"target={tmp_path / 'new'}"], "nothing"),
     ]
     for words, part in cases:
-        assert _main("export", *words) == 2
+        assert run_here("export", *words) == 2
         err = capsys.readouterr().err.strip()
         assert part in err
         assert len(err.splitlines()) == 1

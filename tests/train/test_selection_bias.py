@@ -14,7 +14,7 @@ from moexpand.base.errors import DONE, WRONG_INPUT, InputError
 from moexpand.upcycle.checkpoint import open_checkpoint
 from moexpand.upcycle.logical import StoredWeights
 from tests import closed_form
-from tests.commands import moexpand
+from tests.commands import moexpand, run_here
 from tests.parallel import runs
 from tests.parents import make_child, make_parent
 from tests.train.conftest import from_checkpoint, settings
@@ -25,12 +25,6 @@ ROUTING = {"scoring_func": "sigmoid", "routed_scaling_factor": SCALE, "router_se
 SHAPE = {"scoring_func": "sigmoid", "routed_scaling_factor": SCALE, "selection_bias": True}
 """In the words of config.json, and in the engine's."""
 TOKENS = np.random.default_rng(2).integers(0, 8448, (2, 16))
-
-
-def _main(*words: object) -> int:
-    from moexpand.cli import main
-
-    return main([str(word) for word in words])
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -92,7 +86,7 @@ def run(biased: Path, shards: Path) -> Path:
 @pytest.fixture(scope="module")
 def exported(run: Path) -> Path:
     target = run.with_name("exported")
-    assert _main("export", f"run={run}", f"target={target}", "format=native") == DONE
+    assert run_here("export", f"run={run}", f"target={target}", "format=native") == DONE
     return target
 
 
@@ -124,7 +118,7 @@ def test_the_exported_config_says_how_it_routes_and_the_bias_is_the_one_that_cam
 
 def test_the_exported_model_in_transformers_and_by_definition_is_the_engines(exported: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "in.npy", TOKENS)
-    assert _main("logits", f"checkpoint={exported}", f"tokens={tmp_path / 'in.npy'}", f"out={tmp_path / 'out.npy'}") == DONE
+    assert run_here("logits", f"checkpoint={exported}", f"tokens={tmp_path / 'in.npy'}", f"out={tmp_path / 'out.npy'}") == DONE
     model, found = _model(exported), np.load(tmp_path / "out.npy")
     assert np.abs(found - _logits(model)).max() <= 1e-5
     tensors = closed_form.weights_of(exported)
@@ -228,7 +222,7 @@ def test_a_run_that_goes_on_with_a_bias_or_without_one_is_refused_by_the_key(run
 
 
 def test_lmdeploys_format_cannot_carry_it(run: Path, tmp_path: Path, capsys: Any) -> None:
-    assert _main("export", f"run={run}", f"target={tmp_path / 'target'}", "format=lmdeploy") == WRONG_INPUT
+    assert run_here("export", f"run={run}", f"target={tmp_path / 'target'}", "format=lmdeploy") == WRONG_INPUT
     assert "format=lmdeploy cannot carry this run's selection bias, scoring_func or routed_scaling_factor" in _sentence(capsys)
     assert not list(tmp_path.iterdir())
 
@@ -242,6 +236,6 @@ def test_parents_that_route_like_this_are_refused(plain: Path, exported: Path, t
         kept = {name: value for name, value in config.items() if name not in ROUTING}
         (parent / "config.json").write_text(json.dumps(kept | {key: ROUTING[key], "model_type": type_}))
         words = [f"source={parent}", f"target={tmp_path / 'child'}", "num_experts=128", "num_groups=4", "placement=block"]
-        assert _main("upcycle", *words) == WRONG_INPUT
+        assert run_here("upcycle", *words) == WRONG_INPUT
         assert says in _sentence(capsys)
         assert not (tmp_path / "child").exists()
