@@ -9,6 +9,7 @@ Legend: TP tensor, CP context, PP pipeline, EP expert, ETP expert-tensor paralle
 from typing import Protocol
 
 from moexpand.base.errors import InputError
+from moexpand.conf.check_vision import Tower, check_deepstack
 from moexpand.conf.layers import layer_factors
 from moexpand.conf.schema import Balance, CalibrateCommand, Optim, Parallel, Router, TrainCommand
 
@@ -41,6 +42,8 @@ class Numbers(Protocol):
     def norm_topk_prob(self) -> bool: ...
     @property
     def scoring_func(self) -> str: ...
+    @property
+    def vision(self) -> Tower | None: ...
 
 
 def check_train(config: TrainCommand, model: Numbers, world_size: int, biased: bool = False) -> None:
@@ -106,6 +109,7 @@ def check_layout(parallel: Parallel, model: Numbers, precision: str, world_size:
     _ranks(world_size, workers, ("tensor", tensor), ("context", context), ("pipeline", pipeline))
     _ranks(world_size, workers, ("expert_tensor", parallel.expert_tensor), ("expert", expert), ("pipeline", pipeline))
     _check_stages(parallel, model.num_hidden_layers)
+    check_deepstack(parallel, model.vision, model.num_hidden_layers)
     _multiple(
         "num_attention_heads",
         model.num_attention_heads,

@@ -1,5 +1,6 @@
 """Settings of a vision tower that cannot work with each other, the model or the layout; see check.py."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from moexpand.base.errors import InputError
@@ -13,7 +14,7 @@ class Tower(Protocol):
     """What layouts depend on of a tower, under the names of its Hugging Face config."""
 
     @property
-    def deepstack_visual_indexes(self) -> tuple[int, ...]: ...
+    def deepstack_visual_indexes(self) -> Sequence[int]: ...
 
 
 def check_vision(config: TrainCommand, tower: Tower | None) -> None:

@@ -20,7 +20,6 @@ from moexpand.base.errors import InputError
 from moexpand.base.files import refuse_existing
 from moexpand.base.random import generator
 from moexpand.conf.check import check_calibrate
-from moexpand.conf.check_vision import check_deepstack
 from moexpand.conf.schema import CalibrateCommand
 from moexpand.data.loader import PackedData
 from moexpand.data.stream import Reading
@@ -66,7 +65,6 @@ def check(config: CalibrateCommand, world_size: int) -> Job:
     """Open model and shards, check that they, the layout and the target agree, and choose the sequences; imports no torch."""
     checkpoint = open_supported(config.checkpoint)
     check_calibrate(config, checkpoint.architecture, world_size)
-    check_deepstack(config.parallel, checkpoint.architecture.vision, checkpoint.architecture.num_hidden_layers)
     refuse_existing(Path(config.out))
     data = PackedData(
         Path(config.data.shards),

@@ -13,7 +13,6 @@ import numpy as np
 
 from moexpand.base.errors import InputError
 from moexpand.conf.check import check_layout, check_sequence
-from moexpand.conf.check_vision import check_deepstack
 from moexpand.conf.fields import changed
 from moexpand.conf.schema import ConvertCommand
 from moexpand.data.loader import PackedData
@@ -38,7 +37,6 @@ def check(config: ConvertCommand, source: Checkpoint, conversion: Conversion) ->
         raise InputError(f"{source.folder} has {lacking}, so nothing can be measured; leave measure.shards out.")
     for architecture in (source.architecture, conversion.architecture):
         check_layout(config.parallel, architecture, config.precision.name, config.processes, "processes")
-        check_deepstack(config.parallel, architecture.vision, architecture.num_hidden_layers)
     check_sequence("measure.seq_length", config.measure.seq_length, config.parallel)
     return _open(config, source)
 

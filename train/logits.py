@@ -14,7 +14,6 @@ from moexpand.base.errors import InputError
 from moexpand.base.files import write_atomic
 from moexpand.base.routes import check_routes
 from moexpand.conf.check import check_layout, check_sequence
-from moexpand.conf.check_vision import check_deepstack
 from moexpand.conf.schema import LogitsCommand
 from moexpand.train.preflight import open_supported
 from moexpand.train.worker import work
@@ -33,7 +32,6 @@ def check(config: LogitsCommand, world_size: int) -> tuple[Checkpoint, np.ndarra
     tokens = _read_tokens(Path(config.tokens), checkpoint.architecture.vocab_size)
     check_sequence(f"the length of the sequences in {config.tokens}", tokens.shape[1], config.parallel)
     vision = checkpoint.architecture.vision
-    check_deepstack(config.parallel, vision, checkpoint.architecture.num_hidden_layers)
     if vision is not None and (tokens == vision.image_token_id).any():
         row = int((tokens == vision.image_token_id).any(axis=1).argmax())
         raise InputError(

@@ -7,7 +7,7 @@ from pathlib import Path
 from moexpand.base.errors import InputError
 from moexpand.base.files import read_json
 from moexpand.conf.check import check_train
-from moexpand.conf.check_vision import check_deepstack, check_vision
+from moexpand.conf.check_vision import check_vision
 from moexpand.conf.fields import changed
 from moexpand.conf.schema import TrainCommand
 from moexpand.data.loader import PackedData
@@ -117,7 +117,6 @@ def check(config: TrainCommand, world_size: int) -> tuple[Source, PackedData]:
     source = source_of(config)
     check_train(config, source.architecture, world_size, _has_selection_bias(config, source))
     check_vision(config, source.architecture.vision)
-    check_deepstack(config.parallel, source.architecture.vision, source.architecture.num_hidden_layers)
     data = open_data(config)
     check_vocabulary(data, data.sources[0].place, source.architecture)
     check_pictures(data, data.sources[0].place, source.architecture)

@@ -1,5 +1,6 @@
 """Combinations that cannot work are refused with their numbers and a fix; those that can work pass."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from moexpand.base.errors import InputError
 from moexpand.conf.check import check_experts, check_layout, check_train
 from moexpand.conf.compose import compose
-from moexpand.conf.schema import Model, Parallel, TrainCommand
+from moexpand.conf.schema import Model, Parallel, TrainCommand, VisionModel
 
 
 def config(*overrides: str) -> TrainCommand:
@@ -162,6 +163,26 @@ def test_a_bias_that_is_there_already_may_stay_as_it_is() -> None:
     check_train(frozen, frozen.model, 1, biased=True)
 
 
+@pytest.mark.parametrize(
+    ("parallel", "first"),
+    [
+        (Parallel(pipeline=2), 4),
+        (Parallel(pipeline=2, interleave=2), 2),
+        (Parallel(pipeline=2, first_layers=3), 3),
+        (Parallel(pipeline=3, last_layers=2), 3),
+        (Parallel(pipeline=8), 1),
+    ],
+)
+def test_layers_that_take_deepstacks_features_are_where_the_tower_is(parallel: Parallel, first: int) -> None:
+    for deep in (first, first + 1):
+        model = Model(num_hidden_layers=8, vision=VisionModel(deepstack_visual_indexes=[*range(deep)]))
+        fits = deep == first
+        with (
+            nullcontext() if fits else pytest.raises(InputError, match=f"first {deep} layers, and .* the first part has {first};")
+        ):
+            check_layout(parallel, model, "fp32", parallel.pipeline)
+
+
 def test_dense_model_has_no_experts_to_split() -> None:
     dense = Model(num_experts=0)
     check_layout(Parallel(tensor=2), dense, "fp32", 2)
@@ -194,6 +215,7 @@ def test_any_object_with_hugging_face_names_will_do() -> None:
         moe_intermediate_size: int = 48
         norm_topk_prob: bool = True
         scoring_func: str = "softmax"
+        vision: None = None
 
     names = {field.name for field in fields(FromCheckpoint)}
     assert names <= {field.name for field in fields(Model)}

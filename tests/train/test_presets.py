@@ -8,7 +8,7 @@ import torch
 
 from moexpand.base.errors import InputError
 from moexpand.conf.check import check_train
-from moexpand.conf.check_vision import check_deepstack, check_vision
+from moexpand.conf.check_vision import check_vision
 from moexpand.conf.compose import compose
 from moexpand.train.fresh import fresh_architecture
 from moexpand.upcycle.architecture import Architecture
@@ -139,7 +139,6 @@ def test_the_full_size_experiments_fit_their_ranks(experiment: str, ranks: int, 
     for arch in (child, architecture("interns1_pro")):
         check_train(config, arch, ranks)
         check_vision(config, arch.vision)
-        check_deepstack(config.parallel, arch.vision, arch.num_hidden_layers)
     parallel, experts = config.parallel, 94 * 512 * 3 * 4096 * 1536
     others = 917_107_059_440 - experts
     stages, holders = parallel.pipeline, parallel.expert * parallel.pipeline
