@@ -80,6 +80,12 @@ def refuse_existing(target: Path) -> None:
         raise InputError(f"{target} exists already and is not an empty folder; choose another target or remove it.")
 
 
+def refuse_inside(target: Path, source: Path) -> None:
+    """An `InputError` when a folder that is to be written lies in the one that it is made of."""
+    if target.resolve().is_relative_to(source.resolve()):
+        raise InputError(f"{target} lies in the source {source}, which must stay as it is; choose a target beside it.")
+
+
 def publish_folder(building: Path, target: Path) -> None:
     """Make every file of a folder durable and give the folder its name by one rename.
 

@@ -4,7 +4,7 @@ from collections import Counter
 from pathlib import Path
 
 from moexpand.base.errors import InputError
-from moexpand.base.files import refuse_existing
+from moexpand.base.files import refuse_existing, refuse_inside
 from moexpand.cli.workers import run_beside
 from moexpand.conf.fields import changed
 from moexpand.conf.model_schema import VisionModel
@@ -27,8 +27,7 @@ def run(config: ConvertCommand) -> int:
     console = Console(config.plain)
     source, target = open_checkpoint(Path(config.source)), Path(config.target)
     refuse_existing(target)
-    if target.resolve().is_relative_to(source.folder.resolve()):
-        raise InputError(f"{target} lies in the source {source.folder}, which must stay as it is; choose a target beside it.")
+    refuse_inside(target, source.folder)
     conversion = Conversion(source, changes_of(config, source))
     job = damage.check(config, source, conversion)
     _announce(console, conversion)

@@ -5,7 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from moexpand.base.errors import InputError
-from moexpand.base.files import refuse_existing, write_atomic
+from moexpand.base.files import refuse_existing, refuse_inside, write_atomic
 from moexpand.conf.schema import UpcycleCommand
 from moexpand.console import Console
 from moexpand.upcycle.calibration import Calibration, read_calibration
@@ -68,8 +68,7 @@ def run(config: UpcycleCommand, given: Sequence[str] = ()) -> None:
 
 def _check_target(config: UpcycleCommand, source: Path, target: Path) -> None:
     """The target is free, and the source stays as it is."""
-    if target.resolve().is_relative_to(source.resolve()):
-        raise InputError(f"{target} lies in the source {source}, which must stay as it is; choose a target beside it.")
+    refuse_inside(target, source)
     if config.plan_out is not None:
         out = Path(config.plan_out)
         if any(out.resolve().is_relative_to(folder.resolve()) for folder in (source, target)):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from moexpand.base.errors import ENVIRONMENT, WRONG_INPUT, EnvironmentFailure, InputError
-from moexpand.base.files import disk_errors, new_folder, read_json, sha256, write_atomic, write_json
+from moexpand.base.files import disk_errors, new_folder, read_json, refuse_inside, sha256, write_atomic, write_json
 
 
 def _full(*arguments: Any, **keywords: Any) -> None:
@@ -109,3 +109,14 @@ def test_checksums_are_sha256_of_all_bytes(tmp_path: Path) -> None:
     content = os.urandom(1 << 20) * 9 + b"end"  # longer than one read
     (tmp_path / "file").write_bytes(content)
     assert sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+
+
+def test_a_target_inside_its_source_is_refused(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    (source / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(source)
+    refuse_inside(tmp_path / "source-2", source)
+    refuse_inside(tmp_path, source)
+    for target in (source, source / "deep" / "target", tmp_path / "link" / "target", source / ".." / "source" / "target"):
+        with pytest.raises(InputError, match="lies in the source"):
+            refuse_inside(target, source)

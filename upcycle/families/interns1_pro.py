@@ -1,19 +1,11 @@
 """Intern-S1-Pro: a decoder that routes in groups itself, the tower of Qwen3-VL without DeepStack, FoPE tables, time series."""
 
-from moexpand.upcycle.architecture import VisionArchitecture
-from moexpand.upcycle.families.qwen3_vl_moe import vision_config
+from functools import partial
+
+from moexpand.upcycle.families.qwen3_vl_moe import tower, vision
 from moexpand.upcycle.family import Config, Family
 from moexpand.upcycle.positions import fope_frequencies, rope_rules
 from moexpand.upcycle.safetensors_file import Shape
-from moexpand.upcycle.towers import qwen3_vl_architecture, qwen3_vl_tower
-
-
-def _tower(config: Config, where: str) -> dict[str, Shape]:
-    return qwen3_vl_tower(vision_config(config, where), "model.visual.", deepstack=False)
-
-
-def _vision(config: Config, where: str) -> VisionArchitecture:
-    return qwen3_vl_architecture(vision_config(config, where), config.get("image_token_id", 151_655), deepstack=False)
 
 
 def _fope_tables(config: Config, where: str) -> dict[str, Shape]:
@@ -42,8 +34,8 @@ FAMILIES = (
         text="text_config",
         prefix="model.language_model.",
         norm_topk_prob=True,
-        vision=_vision,
-        carried=_tower,
+        vision=partial(vision, deepstack=False),
+        carried=partial(tower, deepstack=False),
         buffers=_fope_tables,
         free=("model.time_series.",),
         auto_map={

@@ -18,13 +18,15 @@ def vision_config(config: Config, where: str) -> dict[str, Any]:
     return vision
 
 
-def _vision(config: Config, where: str) -> VisionArchitecture:
+def vision(config: Config, where: str, deepstack: bool = True) -> VisionArchitecture:
+    """The tower of this kind that a config.json describes, with DeepStack or without."""
     # transformers' default of the placeholder
-    return qwen3_vl_architecture(vision_config(config, where), config.get("image_token_id", 151_655), deepstack=True)
+    return qwen3_vl_architecture(vision_config(config, where), config.get("image_token_id", 151_655), deepstack)
 
 
-def _tower(config: Config, where: str) -> dict[str, Shape]:
-    return qwen3_vl_tower(vision_config(config, where), "model.visual.", deepstack=True)
+def tower(config: Config, where: str, deepstack: bool = True) -> dict[str, Shape]:
+    """Its tensors."""
+    return qwen3_vl_tower(vision_config(config, where), "model.visual.", deepstack)
 
 
 QWEN3_VL_MOE = Family(
@@ -37,8 +39,8 @@ QWEN3_VL_MOE = Family(
     transposed=True,
     norm_topk_prob=True,  # the class has no such key and always normalises
     mrope_section=(24, 20, 20),
-    vision=_vision,
-    carried=_tower,
+    vision=vision,
+    carried=tower,
 )
 
 QWEN3_VL_MOE_GROUPED = replace(
