@@ -9,7 +9,7 @@ FAMILIES = ("qwen3_moe", "qwen3_vl_moe", "interns1_pro")
 
 @dataclass
 class VisionModel:
-    """The vision tower of a fresh qwen3_vl_moe or interns1_pro; a checkpoint's own config.json replaces it."""
+    """The vision tower of a fresh qwen3_vl_moe or interns1_pro; a checkpoint has its own in config.json."""
 
     depth: int = key(27, "blocks", within="[1, inf)")
     hidden_size: int = key(1152, "width of the tower", within="[1, inf)")
@@ -24,7 +24,7 @@ class VisionModel:
 
 @dataclass
 class Model:
-    """Shape of a model trained from scratch; a checkpoint's own config.json replaces it."""
+    """Shape of a model trained from scratch; a checkpoint has its own in config.json."""
 
     family: str = key("qwen3_moe", "text alone, or with a vision tower as Qwen3-VL or Intern-S1-Pro has it", FAMILIES)
     vocab_size: int = key(8448, "rows of the embedding and of the head", within="[1, inf)")

@@ -1,7 +1,7 @@
 """Another kind of model of a checkpoint, not expanded: its text alone, Intern-S1-Pro's kind, Fourier positions, a fresh tower.
 
 What a conversion changes is in its config.json, which `converted_config` makes; `Conversion` finds every tensor of the target in
-the source, changed or fresh. One tensor is held at a time, of stacks of experts one expert's unit, and every byte is read once.
+the source, changed or fresh. One tensor is held at a time, of stacks of experts one expert's unit, and no byte is read twice.
 """
 
 from collections.abc import Iterator, Sequence
