@@ -6,6 +6,7 @@ A part is a JSON object of one of these forms:
     {"text": "...", "loss": false}                     not trained on
     {"text": "...", "special": true}                   markup written by us: names of special tokens become these tokens
     {"image": "png"} or {"image": "0.jpg"}             the sample's member with this ending
+    {"series": "npy", "rate": 100.0}                   likewise a time series, with its sampling rate in Hz where it is known
 
 Neighbouring texts are tokenised as one text, as a tokenizer would split the whole sample, with one exception: text is cut where
 the loss begins or ends. A prompt is tokenised on its own when the model is asked, so its ids must not depend on the answer.
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from moexpand.base.errors import InputError
+from moexpand.data.series import is_rate
 from moexpand.data.tokens import Tokenizer
 
 Part = dict[str, Any]
@@ -30,9 +32,14 @@ VISION_TOKENS = (
 )
 """How families write an image (before, once per vision token, after): Qwen-VL and Intern-S1-Pro; InternVL and Intern-S1."""
 
+SERIES_TOKENS = ("<|ts|>", "<TS_CONTEXT>", "<|/ts|>")
+"""How Intern-S1-Pro writes a time series: before, once per token of the series, after."""
+
+_PLACEHOLDERS = (*((convention, "an image") for convention in VISION_TOKENS), (SERIES_TOKENS, "a series"))
+_SERIES_NAME = re.compile(r"(?:[0-9]+\.)?npy")
 _IMAGE_NAME = re.compile(r"(?:[0-9]+\.)?[a-z0-9]+")
 _NO_SPANS = np.zeros((0, 2), dtype=np.int64)
-_KEYS = {"text": {"text", "loss", "special"}, "image": {"image"}}
+_KEYS = {"text": {"text", "loss", "special"}, "image": {"image"}, "series": {"series", "rate"}}
 
 
 class Unusable(Exception):
@@ -85,7 +92,7 @@ def _problem(part: Any) -> str:
         return "is not a JSON object"
     kinds = [kind for kind in _KEYS if kind in part]
     if len(kinds) != 1:
-        return "must have either 'text' or 'image'"
+        return "must have either 'text', 'image' or 'series'"
     kind = kinds[0]
     unknown = sorted(str(key) for key in part if key not in _KEYS[kind])
     if unknown:
@@ -97,31 +104,52 @@ def _problem(part: Any) -> str:
             return f"must have true or false as {flag!r}"
     if kind == "image" and not _IMAGE_NAME.fullmatch(part["image"]):
         return "must name the image by the ending of its member, such as 'png' or '0.png'"
+    if kind == "series" and not is_series(part["series"]):
+        return "must name the series by the ending of its member, 'npy' or '0.npy'"
+    if "rate" in part and not is_rate(part["rate"]):
+        return "must have a finite number above 0 as 'rate', in Hz"
     return ""
 
 
-def encode_parts(parts: Sequence[Part], tokenizer: Tokenizer, image_tokens: Sequence[int]) -> EncodedSample:
+def is_series(member: str) -> bool:
+    """Whether a member of this extension can be a time series; `0.npy` is one of several."""
+    return _SERIES_NAME.fullmatch(member) is not None
+
+
+def encode_parts(
+    parts: Sequence[Part],
+    tokenizer: Tokenizer,
+    image_tokens: Sequence[int] | None,
+    series_tokens: Sequence[int] | None = None,
+) -> EncodedSample:
     """Turn parts into token ids.
 
     Args:
         parts: of one sample; see `check_parts`.
         tokenizer: whose special tokens the markup of the parts uses.
         image_tokens: vision tokens of each image part, in their order. An image becomes the token that opens one, this many
-            placeholders, and the token that closes it, none of them with loss.
+            placeholders, and the token that closes it, none of them with loss. None leaves images out: the ids are those with
+            images but for those that stand for them.
+        series_tokens: likewise of each series part.
 
     Raises:
-        InputError: not as many numbers as images, a number below 1, a tokenizer without vision tokens, or vision placeholders
+        InputError: not as many numbers as images or series, a number below 1, a tokenizer without such tokens, or placeholders
             written as text.
     """
-    if len(parts) == 1 and not image_tokens and "text" in parts[0] and not parts[0].get("special", False):
+    if len(parts) == 1 and not image_tokens and not series_tokens and "text" in parts[0] and not parts[0].get("special", False):
         ids = np.array(tokenizer.encode(parts[0]["text"]), dtype=np.int32)
         return EncodedSample(ids, np.full(len(ids), parts[0].get("loss", True), dtype=bool), _NO_SPANS)
-    _check_images(parts, image_tokens)
+    _check_counts(parts, "image", image_tokens, "vision tokens")
+    _check_counts(parts, "series", series_tokens, "tokens")
     collected = _Collector(tokenizer)
-    images = iter(image_tokens)
+    images, series = iter(image_tokens or ()), iter(series_tokens or ())
     for part in parts:
-        if "image" in part:
+        if "image" in part and image_tokens is not None:
             collected.add_image(next(images))
+        elif "series" in part and series_tokens is not None:
+            collected.add_series(next(series))
+        elif "text" not in part:
+            collected.end_text()  # what is left out parts the texts beside it all the same
         elif part.get("special", False):
             collected.add_markup(part["text"], part.get("loss", True))
         else:
@@ -130,27 +158,18 @@ def encode_parts(parts: Sequence[Part], tokenizer: Tokenizer, image_tokens: Sequ
 
 
 def encode_text(parts: Sequence[Part], tokenizer: Tokenizer) -> EncodedSample:
-    """The text of a sample whose images are left out: the ids of `encode_parts` without those that stand for images."""
-    pieces: list[list[Part]] = [[]]
-    for part in parts:
-        if "image" in part:
-            pieces.append([])
-        else:
-            pieces[-1].append(part)
-    encoded = [encode_parts(piece, tokenizer, []) for piece in pieces if piece]
-    if len(encoded) == 1:
-        return encoded[0]
-    ids = np.concatenate([np.zeros(0, dtype=np.int32), *(piece.ids for piece in encoded)])
-    loss = np.concatenate([np.zeros(0, dtype=bool), *(piece.loss for piece in encoded)])
-    return EncodedSample(ids, loss, _NO_SPANS)
+    """The text of a sample whose images and series are left out: the ids of `encode_parts` without those that stand for them."""
+    return encode_parts(parts, tokenizer, None)
 
 
-def _check_images(parts: Sequence[Part], image_tokens: Sequence[int]) -> None:
-    images = sum("image" in part for part in parts)
-    if images != len(image_tokens) or any(count < 1 for count in image_tokens):
+def _check_counts(parts: Sequence[Part], kind: str, counts: Sequence[int] | None, what: str) -> None:
+    if counts is None:
+        return
+    found = sum(kind in part for part in parts)
+    if found != len(counts) or any(count < 1 for count in counts):
         raise InputError(
-            f"A sample has {images} image parts, but its images have {list(image_tokens)} vision tokens;"
-            " each image part needs one number of at least 1."
+            f"A sample has {found} {kind} parts, but its {'images' if kind == 'image' else kind} have {list(counts)} {what};"
+            f" each {kind} part needs one number of at least 1."
         )
 
 
@@ -169,7 +188,7 @@ class _Collector:
         if not text:
             return
         if loss != self._held_loss:
-            self._release()
+            self.end_text()
             self._held_loss = loss
         self._held.append(text)
 
@@ -177,32 +196,39 @@ class _Collector:
         end = 0
         for match in control_pattern(control_tokens(self._tokenizer)).finditer(text):
             self.add_text(text[end : match.start()], loss)
-            self._release()
-            if any(match[0] == pad for _, pad, _ in VISION_TOKENS):
-                raise InputError(f"The markup {_short(text)} writes {match[0]} as text; write an image part instead.")
+            self.end_text()
+            for (_, pad, _), kind in _PLACEHOLDERS:
+                if match[0] == pad:
+                    raise InputError(f"The markup {_short(text)} writes {pad} as text; write {kind} part instead.")
             self._append([self._tokenizer.specials[match[0]]], loss)
             end = match.end()
         self.add_text(text[end:], loss)
 
     def add_image(self, count: int) -> None:
-        self._release()
+        self.end_text()
         start, pad, end = vision_ids(self._tokenizer)
         first = len(self._ids) + 1
         self._append([start, *[pad] * count, end], False)
         self._spans.append((first, first + count))
 
+    def add_series(self, count: int) -> None:
+        self.end_text()
+        start, pad, end = series_ids(self._tokenizer)
+        self._append([start, *[pad] * count, end], False)
+
     def _append(self, ids: list[int], loss: bool) -> None:
         self._ids += ids
         self._loss += [loss] * len(ids)
 
-    def _release(self) -> None:
+    def end_text(self) -> None:
+        """What comes next is tokenised by itself."""
         text = "".join(self._held)
         self._held = []
         if text:
             self._append(self._tokenizer.encode(text), self._held_loss)
 
     def finish(self) -> EncodedSample:
-        self._release()
+        self.end_text()
         spans = np.array(self._spans, dtype=np.int64).reshape(-1, 2)
         return EncodedSample(np.array(self._ids, dtype=np.int32), np.array(self._loss, dtype=bool), spans)
 
@@ -235,6 +261,22 @@ def vision_ids(tokenizer: Tokenizer) -> tuple[int, int, int]:
         known = " or ".join(" ".join(tokens) for tokens in VISION_TOKENS)
         raise InputError(f"The tokenizer {tokenizer.name} has no tokens for images ({known}); leave images out, or use another.")
     start, pad, end = (tokenizer.specials[token] for token in convention)
+    return start, pad, end
+
+
+def series_ids(tokenizer: Tokenizer) -> tuple[int, int, int]:
+    """Ids of the tokens that open a time series, hold the place of one of its tokens, and close it.
+
+    Raises:
+        InputError: the tokenizer has no such tokens.
+    """
+    missing = [token for token in SERIES_TOKENS if token not in tokenizer.specials]
+    if missing:
+        raise InputError(
+            f"The tokenizer {tokenizer.name} has no {missing[0]}, and time series need {', '.join(SERIES_TOKENS)}; leave series"
+            " out, or use another."
+        )
+    start, pad, end = (tokenizer.specials[token] for token in SERIES_TOKENS)
     return start, pad, end
 
 

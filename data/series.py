@@ -1,0 +1,178 @@
+"""Time series from untrusted .npy files: real numbers [n] or [n, C] alone, standardised as a model takes them.
+
+n points of time, C channels, S series of an index. A file is numpy's own format, with one array in it. Its header is read first
+and has to agree with the number of bytes that are there, so a small file cannot ask for much memory; pickles are never read.
+Whatever is refused raises `BadSeries` with a reason that can be counted.
+
+How many tokens a series becomes follows from its points and its sampling rate (`base/series.py`), so it is planned without
+reading it.
+"""
+
+import io
+import math
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.lib import format as npy
+
+from moexpand.base.series import LONGEST, stride_of
+
+REASONS = ("not_npy", "broken", "dtype", "shape", "empty", "too_long", "too_large", "not_finite", "rate")
+"""Every reason of `BadSeries`, to count by."""
+CHANNELS = 1024
+"""Most channels of a series."""
+VALUES = 1 << 27
+"""Most values of a series, points times channels: 10^6 points of 134 channels. As float32 they have 512 MiB."""
+HEADER_BYTES = 4096
+"""Most bytes of a header; one of two numbers has 128."""
+MARKS = 2
+"""Tokens around a series: its start and its end."""
+_EPSILON = 1e-8
+_KINDS = "iuf"
+
+
+class BadSeries(Exception):
+    """A series that cannot be used: a sample to count under `reason`, not a reason to stop.
+
+    Args:
+        reason: one of `REASONS`.
+        problem: what the series does or is, the rest of a sentence that begins with it, without a full stop.
+    """
+
+    def __init__(self, reason: str, problem: str) -> None:
+        super().__init__(reason, problem)
+        self.reason = reason
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return self.of("")
+
+    def of(self, which: str) -> str:
+        """The sentence about one series, such as `0 of the sample x`."""
+        return f"The series {which} {self.problem}." if which else f"The series {self.problem}."
+
+
+@dataclass(frozen=True)
+class SeriesHeader:
+    """What a .npy file says of its array."""
+
+    points: int
+    channels: int
+    dtype: np.dtype[Any]
+    by_column: bool
+    """Channel after channel (Fortran's order) and not point after point."""
+    offset: int
+    """First byte of the values."""
+
+
+def series_header(content: bytes) -> SeriesHeader:
+    """Read a file's header and hold it against the limits and the bytes that are there.
+
+    Raises:
+        BadSeries: any reason but `not_finite` and `rate`.
+    """
+    file = io.BytesIO(content)
+    try:
+        version = npy.read_magic(file)
+    except ValueError:
+        raise BadSeries("not_npy", "is no .npy file: it does not begin as numpy's files do") from None
+    if version not in ((1, 0), (2, 0)):
+        raise BadSeries(
+            "not_npy", f"is a .npy file of version {version[0]}.{version[1]}; versions 1.0 and 2.0 hold plain numbers"
+        )
+    try:
+        # Newer than this only where names of fields need it, which plain numbers do not have.
+        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        shape, by_column, dtype = read(file, max_header_size=HEADER_BYTES)
+    except (ValueError, TypeError, SyntaxError, struct.error, RecursionError, MemoryError, OverflowError) as error:
+        said = " ".join(str(error).split())[:120]
+        raise BadSeries("not_npy", f"has a .npy header that cannot be read ({said})") from None
+    if dtype.kind not in _KINDS or dtype.names or dtype.subdtype:
+        raise BadSeries("dtype", f"holds values of type {dtype}; whole numbers and floating-point numbers are taken")
+    if len(shape) not in (1, 2):
+        raise BadSeries("shape", f"has the shape {list(shape)}; [points] or [points, channels] is taken")
+    points, channels = shape[0], 1 if len(shape) == 1 else shape[1]
+    if points < 1 or channels < 1:
+        raise BadSeries("empty", f"has the shape {list(shape)} and so no value; at least 1 point is needed")
+    if channels > CHANNELS:
+        raise BadSeries("shape", f"has {channels} channels; at most {CHANNELS} are taken (points come first, then channels)")
+    if points > LONGEST:
+        raise BadSeries("too_long", f"has {points} points; at most {LONGEST} are taken")
+    if points * channels > VALUES:
+        raise BadSeries("too_large", f"has {points} points of {channels} channels; at most {VALUES} values are taken")
+    expected, there = points * channels * dtype.itemsize, len(content) - file.tell()
+    if expected != there:
+        raise BadSeries("broken", f"announces {expected} bytes of values, and its file holds {there}")
+    return SeriesHeader(points, channels, dtype, by_column, file.tell())
+
+
+def read_series(content: bytes) -> np.ndarray:
+    """A series as the model takes it: float32 [n, C], every channel standardised over time.
+
+    (x - mean) / (std + 1e-8) in float64 with the population's standard deviation, then float32, as LMDeploy does before
+    Intern-S1-Pro's encoder. Nothing is cut off.
+
+    Args:
+        content: of a .npy file.
+
+    Raises:
+        BadSeries: it is no series; `not_finite` names the point and the channel, both from 0.
+    """
+    header = series_header(content)
+    flat = np.frombuffer(content, header.dtype, offset=header.offset)
+    order = "F" if header.by_column else "C"
+    values = flat.reshape((header.points, header.channels), order=order)  # type: ignore[call-overload]
+    made = np.empty(values.shape, np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for channel in range(header.channels):
+            column = values[:, channel].astype(np.float64)
+            finite = np.isfinite(column)
+            if not finite.all():
+                point = int(finite.argmin())
+                raise BadSeries("not_finite", f"holds {column[point]} at point {point} of channel {channel}")
+            std = column.std()
+            if not np.isfinite(std):
+                largest = np.abs(column).max()
+                raise BadSeries("not_finite", f"holds {largest:g} in channel {channel}, too large for a standard deviation")
+            made[:, channel] = (column - column.mean()) / (std + _EPSILON)
+    return made
+
+
+def sampling_rate(points: int, given: Any = None) -> float:
+    """The rate of a series in Hz: the given one, or for None a quarter of its points and at least 1, as LMDeploy assumes.
+
+    Raises:
+        BadSeries: `rate`: what is given is no finite number above 0.
+    """
+    if given is None:
+        return max(points / 4, 1.0)
+    if not is_rate(given):
+        raise BadSeries("rate", f"has the sampling rate {given!r}; it must be a finite number above 0, in Hz")
+    return float(given)
+
+
+def is_rate(value: Any) -> bool:
+    """Whether a value can be a sampling rate."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    except OverflowError:  # a whole number beyond float64
+        return False
+
+
+def series_tokens(points: np.ndarray, rates: np.ndarray) -> np.ndarray:
+    """Tokens of many series: what `base.series.tokens_of` gives for each.
+
+    Args:
+        points: int64 [S].
+        rates: float64 [S], in Hz.
+
+    Returns:
+        int64 [S].
+    """
+    distinct, place = np.unique(rates, return_inverse=True)
+    # Strides rate by rate: numpy may round powers of arrays otherwise than those of single numbers.
+    strides = np.array([stride_of(rate) for rate in distinct.tolist()], dtype=np.int64)[place]
+    patches = np.maximum(2, -(-(points - 2 * strides) // strides) + 1)
+    return (patches // 2 + 1) // 2
