@@ -2,7 +2,7 @@
 
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 
 from moexpand.base.errors import InputError
 from moexpand.data.index import ShardIndex, index_name, parse_index
-from moexpand.data.parts import Part, check_parts
+from moexpand.data.parts import Part, check_parts, is_series
 from moexpand.data.storage import Storage, open_storage
 from moexpand.data.tally import Tally
 from moexpand.data.tokens import Tokenizer
@@ -26,6 +26,11 @@ IMAGE_MEMBERS = ("png", "jpg", "jpeg", "webp")
 def is_image(member: str) -> bool:
     """Whether a member of this extension is a picture; `0.png` is one of several."""
     return member.rsplit(".", 1)[-1].lower() in IMAGE_MEMBERS
+
+
+def series_members(members: Iterable[str]) -> list[str]:
+    """Those that can be time series, in their order: npy, or 0.npy, 1.npy, ..., 10.npy."""
+    return sorted(filter(is_series, members), key=lambda name: (len(name), name))
 
 
 def read_summary(storage: Storage) -> dict[str, Any]:
@@ -73,7 +78,8 @@ def summary_of(
     return {
         "format_version": FORMAT_VERSION,
         "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size},
-        **{total: sum(shard[total] for shard in shards) for total in ("samples", "tokens", "images")},
+        # Shards written before there were series say nothing of them.
+        **{total: sum(shard.get(total, 0) for shard in shards) for total in ("samples", "tokens", "images", "series")},
         "kinds": dict(sorted(kinds.items())),
         "stages": {stage: tally.as_json() for stage, tally in stages.items()},
         "sources": list(sources),
@@ -84,10 +90,11 @@ def summary_of(
 
 @dataclass(frozen=True)
 class Content:
-    """What a sample holds: its parts, and the bytes of the images that they name, in their order, where these were asked for."""
+    """What a sample holds: its parts, and the bytes of the images and series that they name, in their order, where asked for."""
 
     parts: list[Part]
     images: list[bytes]
+    series: list[bytes]
 
 
 class Unreadable(Exception):
@@ -104,6 +111,9 @@ class Corpus:
         shard: int64 [N].
         image_first: int64 [N + 1], the images of every sample.
         image_height, image_width: int32 [I], pixels.
+        series_first: int64 [N + 1], the time series of every sample.
+        series_points: int64 [S].
+        series_rate: float64 [S], sampling rate in Hz.
         bad: key of every unreadable sample met so far -> what is wrong with it.
     """
 
@@ -121,11 +131,12 @@ class Corpus:
             raise InputError(f"{self.place} holds no sample.")
         self._text_key = [index.text_key for index in indexes]
         self.shard = np.repeat(np.arange(len(indexes)), [len(index.key) for index in indexes])
-        for name in ("key", "key_hash", "kind", "tokens", "image_height", "image_width"):
+        for name in ("key", "key_hash", "kind", "tokens", "image_height", "image_width", "series_points", "series_rate"):
             setattr(self, name, np.concatenate([getattr(index, name) for index in indexes]))
         for name in ("member_name", "member_offset", "member_size", "member_crc32"):
             setattr(self, f"_{name}", np.concatenate([getattr(index, name) for index in indexes]))
         self.image_first = _joined([index.image_first for index in indexes])
+        self.series_first = _joined([index.series_first for index in indexes])
         self._member_first = _joined([index.member_first for index in indexes])
         for number, index in enumerate(indexes):
             self._check_size(number, index.tar_size)
@@ -136,6 +147,8 @@ class Corpus:
     tokens: np.ndarray
     image_height: np.ndarray
     image_width: np.ndarray
+    series_points: np.ndarray
+    series_rate: np.ndarray
     _member_name: np.ndarray
     _member_offset: np.ndarray
     _member_size: np.ndarray
@@ -148,8 +161,8 @@ class Corpus:
         """Shard and key of a sample, for messages."""
         return f"{self._path(self.shard[sample])}: {self.key[sample].decode()}"
 
-    def content(self, sample: int, images: bool = False) -> Content:
-        """Parts of a sample, and with `images` the bytes of its pictures.
+    def content(self, sample: int, images: bool = False, series: bool = False) -> Content:
+        """Parts of a sample, with `images` the bytes of its pictures, and with `series` those of its time series.
 
         Raises:
             Unreadable: a member is damaged, missing, or holds something else than it should.
@@ -157,12 +170,11 @@ class Corpus:
         span = range(self._member_first[sample], self._member_first[sample + 1])
         members = {self._member_name[member].decode(): member for member in span}
         parts = self._parts(sample, members)
-        if not images:
-            return Content(parts, [])
-        try:
-            return Content(parts, [self._read(sample, members[part["image"]]) for part in parts if "image" in part])
-        except KeyError as missing:
-            raise Unreadable(f"The sample {self.name(sample)} names the image {missing}, which it does not hold.") from None
+        named = {
+            kind: [self._named(sample, members, kind, part[kind]) for part in parts if wanted and kind in part]
+            for kind, wanted in (("image", images), ("series", series))
+        }
+        return Content(parts, named["image"], named["series"])
 
     def text(self, sample: int) -> str:
         """All text of a sample, as one string.
@@ -183,6 +195,11 @@ class Corpus:
             allowed = f"data.max_bad_fraction={self.max_bad_fraction} allows {int(self.max_bad_fraction * len(self))}"
             raise InputError(f"{problem} {len(self.bad)} of {len(self)} samples are unreadable, and {allowed}.")
 
+    def _named(self, sample: int, members: dict[str, int], kind: str, name: str) -> bytes:
+        if name not in members:
+            raise Unreadable(f"The sample {self.name(sample)} names the {kind} {name!r}, which it does not hold.")
+        return self._read(sample, members[name])
+
     def _parts(self, sample: int, members: dict[str, int]) -> list[Part]:
         if PARTS_MEMBER in members:
             parts = self._json(sample, members[PARTS_MEMBER])
@@ -191,18 +208,21 @@ class Corpus:
             except InputError as error:
                 raise Unreadable(f"The sample {self.name(sample)} has parts that cannot be used: {error}") from None
             return parts
-        pictures: list[Part] = [{"image": name} for name in sorted(members) if is_image(name)]
+        # The index of others' tars names a .npy member only where it is a time series.
+        rates = self.series_rate[self.series_first[sample] : self.series_first[sample + 1]].tolist()
+        before: list[Part] = [{"image": name} for name in sorted(members) if is_image(name)]
+        before += [{"series": name, "rate": rate} for name, rate in zip(series_members(members), rates, strict=False)]
         if TEXT_MEMBER in members:
             content = self._read(sample, members[TEXT_MEMBER])
             try:
-                return [*pictures, {"text": content.decode()}]
+                return [*before, {"text": content.decode()}]
             except UnicodeDecodeError:
                 raise Unreadable(f"The member {TEXT_MEMBER} of {self.name(sample)} is not UTF-8.") from None
         text_key = self._text_key[self.shard[sample]]
         if text_key is not None and "json" in members:
             record = self._json(sample, members["json"])
             if isinstance(record, dict) and isinstance(record.get(text_key), str):
-                return [*pictures, {"text": record[text_key]}]
+                return [*before, {"text": record[text_key]}]
         raise Unreadable(f"The sample {self.name(sample)} holds no text.")
 
     def _json(self, sample: int, member: int) -> Any:

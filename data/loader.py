@@ -20,7 +20,7 @@ from moexpand.base.errors import InputError
 from moexpand.data.dataset import Corpus
 from moexpand.data.images import ImageProcessor
 from moexpand.data.mixture import Mixture
-from moexpand.data.parts import vision_ids
+from moexpand.data.parts import series_ids, vision_ids
 from moexpand.data.sharing import share
 from moexpand.data.stream import Reading, Source, Stream
 from moexpand.data.tokens import load_tokenizer
@@ -52,6 +52,11 @@ class MicroBatch:
     on a device; None without images"""
     grids: np.ndarray | None = None
     """int64 [images, 3]: time, height and width of each in patches"""
+    series: list[np.ndarray] | None = None
+    """float32 [points, channels] of all time series in the order of their tokens, each channel standardised over time; None
+    without series"""
+    rates: list[float] | None = None
+    """sampling rate of each, in Hz"""
 
 
 class PackedData:
@@ -107,6 +112,8 @@ class PackedData:
                 )
         self.images = reading.images
         self.streams = [Stream(corpus, self.tokenizer, seq_length, seed, held_out, reading) for corpus in corpora]
+        if self.has_series:
+            series_ids(self.tokenizer)  # a tokenizer without their tokens is refused now and not at the first series
 
     @cached_property
     def corpus_fingerprint(self) -> str:
@@ -129,6 +136,20 @@ class PackedData:
             InputError: the tokenizer has none.
         """
         return vision_ids(self.tokenizer)[1]
+
+    @property
+    def has_series(self) -> bool:
+        """Whether any usable sample brings time series to the model."""
+        return any(stream.has_series for stream in self.streams)
+
+    @property
+    def series_token(self) -> int:
+        """The token that stands for a time series' features.
+
+        Raises:
+            InputError: the tokenizer has none.
+        """
+        return series_ids(self.tokenizer)[1]
 
     @cached_property
     def pixel_table(self) -> np.ndarray | None:
@@ -191,6 +212,7 @@ class PackedData:
             "empty": "hold no text and are left out",
             "image_shape": "have images of a shape that the model does not take (too long and thin) and are left out",
             "image_too_long": f"with images are longer than {self.seq_length} tokens and are left out",
+            "series_too_long": f"with a series are longer than seq_length={self.seq_length} tokens and are left out",
         }
         return [
             f"{count} of {len(stream.corpus)} samples of {source.place} {why[reason]}"
@@ -230,15 +252,15 @@ class PackedData:
                 f"A global batch of {self.global_batch} packs cannot be shared by {ranks} data-parallel ranks (this is rank"
                 f" {rank}) in micro-batches of {micro_batch}; micro_batch times ranks must divide it."
             )
-        numbers = share(self._vision_of(step, micro_batch), ranks)[:, rank]
+        numbers = share(self._seen_of(step, micro_batch), ranks)[:, rank]
         first = step * self.global_batch
         return [
             self._micro_batch([self._locate(first + m * micro_batch + i) for i in range(micro_batch)]) for m in numbers.tolist()
         ]
 
     def vision_tokens(self, step: int, ranks: int = 1, micro_batch: int = 1) -> np.ndarray:
-        """int64 [ranks]: tokens of images that each data-parallel rank has in a step."""
-        costs = self._vision_of(step, micro_batch)
+        """int64 [ranks]: tokens of images and series that each data-parallel rank has in a step."""
+        costs = self._seen_of(step, micro_batch)
         return costs[share(costs, ranks)].sum(axis=0)
 
     def held_out(self, packs: int, micro_batch: int = 1) -> list[MicroBatch]:
@@ -270,12 +292,12 @@ class PackedData:
         source, number = self._mixture.locate(pack)
         return source, self.streams[source].segments(number)
 
-    def _vision_of(self, step: int, micro_batch: int) -> np.ndarray:
-        """int64 [micro-batches of the step]: tokens of images in each."""
-        if self.images is None:  # every rank would locate the packs of all for nothing
+    def _seen_of(self, step: int, micro_batch: int) -> np.ndarray:
+        """int64 [micro-batches of the step]: tokens of images and series in each."""
+        if self.images is None and not self.has_series:  # every rank would locate the packs of all for nothing
             return np.zeros(self.global_batch // micro_batch, dtype=np.int64)
         packs = [self._locate(step * self.global_batch + i) for i in range(self.global_batch)]
-        costs = [sum(int(self.streams[source].vision[sample]) for sample, _, _ in segments) for source, segments in packs]
+        costs = [sum(int(self.streams[source].seen[sample]) for sample, _, _ in segments) for source, segments in packs]
         return np.array(costs, dtype=np.int64).reshape(-1, micro_batch).sum(axis=1)
 
     def _micro_batch(self, packs: list[tuple[int, list[Segment]]]) -> MicroBatch:
@@ -287,6 +309,8 @@ class PackedData:
         bounds = [0]
         patches: list[np.ndarray] = []
         grids: list[tuple[int, int, int]] = []
+        series: list[np.ndarray] = []
+        rates: list[float] = []
         for i, (source, segments) in enumerate(packs):
             for sample, start, length in segments:
                 begin, end = bounds[-1], bounds[-1] + length
@@ -297,13 +321,15 @@ class PackedData:
                     loss_mask[begin : end - 1] = made.loss[start + 1 : start + length]
                     patches += made.patches
                     grids += made.grids
+                    series += made.series
+                    rates += made.rates
                 bounds.append(end)
             if bounds[-1] < (i + 1) * self.seq_length:
                 bounds.append((i + 1) * self.seq_length)
         cu_seqlens = np.array(bounds, dtype=np.int32)
         positions = np.arange(total, dtype=np.int64) - np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens))
         images = (np.concatenate(patches), np.array(grids, dtype=np.int64)) if patches else (None, None)
-        return MicroBatch(tokens, labels, loss_mask, positions, cu_seqlens, *images)
+        return MicroBatch(tokens, labels, loss_mask, positions, cu_seqlens, *images, series or None, rates or None)
 
 
 def _different(names: list[str]) -> list[str]:

@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 
 from moexpand.base.errors import InputError
-from moexpand.data.dataset import Corpus, Unreadable
+from moexpand.base.series import tokens_of
+from moexpand.data.dataset import Content, Corpus, Unreadable
 from moexpand.data.image_decode import BadImage, decode_image
 from moexpand.data.images import ImageProcessor, ImageSettings, image_tokens
 from moexpand.data.packing import Plan
-from moexpand.data.parts import encode_parts, encode_text
+from moexpand.data.parts import encode_parts
 from moexpand.data.planning import Order, PackSequence, SampleOrder, ShardOrder
+from moexpand.data.series import MARKS, BadSeries, read_series, sampling_rate, series_tokens
 from moexpand.data.tokens import Tokenizer
 
 CACHED_TOKENS = 1 << 24
@@ -51,6 +53,9 @@ class Encoded:
     patches: tuple[np.ndarray, ...] = ()
     """uint8 [patches of an image, channels * side * side], one array an image"""
     grids: tuple[tuple[int, int, int], ...] = ()
+    series: tuple[np.ndarray, ...] = ()
+    """float32 [points, channels], one array a time series"""
+    rates: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,8 @@ class Reading:
     """samples: over everything; shards: whole shards, then the samples of some shards together."""
     images: ImageSettings | None = None
     """None leaves images out."""
+    series: bool = False
+    """Read time series; without, they are left out."""
     answers_only: bool = True
     """Follow the samples' own marks of what is trained on; without, every token counts, those of images too."""
     cache: Path | None = None
@@ -76,6 +83,9 @@ class Stream:
         corpus: see `Corpus`.
         packs: the endless sequence of training packs; its samples are places in `train`.
         vision: int64 [samples], tokens that stand for images, without their marks.
+        series: int64 [samples], likewise for time series.
+        seen: their sum: what encoders have to do for a sample.
+        has_series: whether any sample that is not left out brings a time series.
         left_out: what is in neither half, as reason -> samples.
 
     Raises:
@@ -89,22 +99,28 @@ class Stream:
         self._tokenizer, self._seq_length, self._seed, self._reading = tokenizer, seq_length, seed, reading
         self._processor = None if reading.images is None else ImageProcessor(reading.images)
         self.vision, images, misshapen = self._vision()
-        self.lengths = self.corpus.tokens + self.vision + IMAGE_MARKS * images + 1
+        self.series, series = self._series()
+        self.lengths = self.corpus.tokens + self.vision + IMAGE_MARKS * images + self.series + MARKS * series + 1
         empty = self.lengths == 1
-        # An image is never split, so such a sample has to fit as a whole.
-        too_long = (images > 0) & (self.lengths > seq_length)
+        # Images and series are never split, so such a sample has to fit as a whole.
+        too_long = self.lengths > seq_length
+        series_too_long = too_long & (series > 0)
+        too_long &= images > 0
         self.left_out = {
             reason: int(count)
             for reason, count in (
                 ("empty", empty.sum()),
-                ("image_too_long", too_long.sum()),
+                ("image_too_long", (too_long & ~series_too_long).sum()),
+                ("series_too_long", series_too_long.sum()),
                 ("image_shape", (misshapen > 0).sum()),
             )
             if count
         }
         # The hash spread over [0, 1): a sample stays held out whatever is added to the set.
         kept_out = self.corpus.key_hash / 2.0**64 < held_out
-        usable = ~(empty | too_long | (misshapen > 0))
+        usable = ~(empty | too_long | series_too_long | (misshapen > 0))
+        self.seen = self.vision + self.series
+        self.has_series = bool(self.series[usable].any())
         self.train = np.flatnonzero(~kept_out & usable)
         self._held_out = np.flatnonzero(kept_out & usable)
         if len(self.train) == 0:
@@ -116,9 +132,13 @@ class Stream:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over keys and lengths of all samples in their order and the images' settings: what batches follow from."""
+        """SHA-256 over keys and lengths of all samples in their order, the images' settings and the series that are read: what
+        batches follow from."""
         images = self._reading.images.fingerprint.encode() if self._reading.images else b""
-        return hashlib.sha256(self.corpus.key_hash.tobytes() + (self.lengths - 1).tobytes() + images).hexdigest()
+        said = self.corpus.key_hash.tobytes() + (self.lengths - 1).tobytes() + images
+        if self.series.any():
+            said += b"series" + self.corpus.series_points.tobytes() + self.corpus.series_rate.tobytes()
+        return hashlib.sha256(said).hexdigest()
 
     def segments(self, pack: int) -> list[tuple[int, int, int]]:
         """(sample, start, length) of every segment of a training pack."""
@@ -142,7 +162,7 @@ class Stream:
         return self.packs.epoch(epoch)
 
     def encoded(self, sample: int) -> Encoded | None:
-        """A sample's tokens and pixels, or None where it cannot be used and the allowed fraction is not yet passed.
+        """A sample's tokens, pixels and series, or None where it cannot be used and the allowed fraction is not yet passed.
 
         Raises:
             InputError: it has another length than its index says, or too many samples are bad.
@@ -155,7 +175,7 @@ class Stream:
         except (Unreadable, BadImage) as problem:
             self.corpus.set_aside(sample, str(problem))
             return None
-        if not made.patches:  # pixels are large, and an image is seen once an epoch
+        if not made.patches and not made.series:  # these are large, and a sample is seen once an epoch
             self._encoded[sample] = made
             self._tokens_held += len(made.ids)
             while self._tokens_held > CACHED_TOKENS:
@@ -164,7 +184,7 @@ class Stream:
 
     def _encode(self, sample: int) -> Encoded:
         processor = self._processor
-        content = self.corpus.content(sample, images=processor is not None)
+        content = self.corpus.content(sample, images=processor is not None, series=self._reading.series)
         patches, grids = [], []
         for number, image in enumerate(content.images if processor else ()):
             try:
@@ -173,12 +193,13 @@ class Stream:
                 raise Unreadable(f"Image {number} of the sample {self.corpus.name(sample)} cannot be used: {error}.") from None
             patches.append(values)
             grids.append(grid)
-        if processor is None:
-            encoded = encode_text(content.parts, self._tokenizer)
-        else:
-            encoded = encode_parts(
-                content.parts, self._tokenizer, [image_tokens(grid, processor.settings.merge_size) for grid in grids]
-            )
+        series, rates = self._read_series(sample, content) if self._reading.series else ([], [])
+        encoded = encode_parts(
+            content.parts,
+            self._tokenizer,
+            None if processor is None else [image_tokens(grid, processor.settings.merge_size) for grid in grids],
+            [tokens_of(len(values), rate) for values, rate in zip(series, rates, strict=True)] if self._reading.series else None,
+        )
         count = len(encoded.ids)
         if count + 1 != self.lengths[sample]:
             raise InputError(
@@ -190,7 +211,18 @@ class Stream:
         ids[:count], ids[count] = encoded.ids, self._tokenizer.eos_id
         # The end of the text is to be predicted where what comes before it is.
         loss[:count], loss[count] = trained, trained[-1]
-        return Encoded(ids, loss, tuple(patches), tuple(grids))
+        return Encoded(ids, loss, tuple(patches), tuple(grids), tuple(series), tuple(rates))
+
+    def _read_series(self, sample: int, content: Content) -> tuple[list[np.ndarray], list[float]]:
+        """Values and sampling rate of each series."""
+        series, rates = [], []
+        for part, values in zip((part for part in content.parts if "series" in part), content.series, strict=True):
+            try:
+                series.append(read_series(values))
+                rates.append(sampling_rate(len(series[-1]), part.get("rate")))
+            except BadSeries as problem:
+                raise Unreadable(problem.of(f"{len(rates)} of the sample {self.corpus.name(sample)}")) from None
+        return series, rates
 
     def _vision(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """int64 [samples]: tokens for images, number of images, and how many of them have a shape that no model takes."""
@@ -203,6 +235,15 @@ class Stream:
         by_sample, misshapen = (before[first[1:]] - before[first[:-1]] for before in sums)
         return by_sample, np.diff(first), misshapen
 
+    def _series(self) -> tuple[np.ndarray, np.ndarray]:
+        """int64 [samples]: tokens for time series, and their number."""
+        first = self.corpus.series_first
+        if not self._reading.series or not first[-1]:
+            none = np.zeros_like(self.corpus.tokens)
+            return none, none
+        before = np.concatenate([[0], np.cumsum(series_tokens(self.corpus.series_points, self.corpus.series_rate))])
+        return before[first[1:]] - before[first[:-1]], np.diff(first)
+
     def _order(self) -> Order:
         if self._reading.shuffle == "shards":
             return ShardOrder(self.corpus.shard[self.train], self._seed)
@@ -211,4 +252,4 @@ class Stream:
     def _sequence(self, samples: np.ndarray, order: Order, seed: int) -> PackSequence:
         written = "://" not in self.corpus.place and os.access(self.corpus.place, os.W_OK)
         folder = Path(self.corpus.place) / PLANS_FOLDER if written else self._reading.cache or self._reading.plans
-        return PackSequence(self.lengths[samples], order, self._seq_length, seed, folder, vision=self.vision[samples])
+        return PackSequence(self.lengths[samples], order, self._seq_length, seed, folder, vision=self.seen[samples])

@@ -1,7 +1,8 @@
 """`moexpand data index`: the sidecar indexes of webdataset or energon tars that somebody else wrote, without rewriting them.
 
 A tar is read once from its beginning to its end, never extracted. Members that a model may read are pictures (png, jpg, jpeg,
-webp), a text (.txt, or a key of .json) and .parts.json; all others (.pyd, .npy, .cls, ...) are left alone, now and in training.
+webp), a text (.txt, or a key of .json), .parts.json, and .npy where .parts.json names it or .json gives "sampling_rate"; all
+others (.pyd, .cls, other .npy, ...) are left alone, now and in training.
 """
 
 import json
@@ -9,7 +10,7 @@ import os
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -19,15 +20,19 @@ from typing import Any
 
 from moexpand.base.errors import InputError
 from moexpand.base.files import disk_errors, write_json
-from moexpand.data.dataset import PARTS_MEMBER, SUMMARY, TEXT_MEMBER, is_image, summary_of
+from moexpand.data.dataset import PARTS_MEMBER, SUMMARY, TEXT_MEMBER, is_image, series_members, summary_of
 from moexpand.data.image_decode import BadImage, image_size
 from moexpand.data.index import IndexedSample, Member, ShardIndex, write_index
-from moexpand.data.parts import Part, check_parts, encode_text
+from moexpand.data.parts import Part, Unusable, check_parts, encode_text, is_series
+from moexpand.data.series import BadSeries, read_series, sampling_rate
 from moexpand.data.shards import cached_tokenizer, shard_entry
 from moexpand.data.tally import Tally
+from moexpand.data.tokens import Tokenizer
 from moexpand.data.units import LETTERS
 
 JSON_MEMBER = "json"
+RATE_KEY = "sampling_rate"
+"""Of a .json member: makes the .npy members beside it time series."""
 MAX_MEMBER = 1 << 30
 
 
@@ -38,11 +43,9 @@ class _Group:
     key: str
     members: dict[str, Member] = field(default_factory=dict)
     contents: dict[str, bytes] = field(default_factory=dict)
-    twice: bool = False
-
-
-class _Unusable(Exception):
-    """The reason why a sample is left out."""
+    arrays: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Offset and size of members that may be time series; they are read where they are."""
+    twice: set[str] = field(default_factory=set)
 
 
 def index_tars(
@@ -72,6 +75,7 @@ def index_tars(
         raise InputError(f"{folder} was written by `moexpand data build` and has its indexes; there is nothing to do.")
     tokenizer = cached_tokenizer(tokenizer_name)
     tally, kinds, entries = Tally(), Counter[str](), []
+    first_bad = ""
     jobs = [(folder, tar, tokenizer_name, text_key) for tar in tars]
     with ExitStack() as stack:
         if workers == 1:
@@ -84,13 +88,17 @@ def index_tars(
             kinds.update(indexed.kinds)
             if indexed.entry["samples"]:
                 entries.append(indexed.entry)
-            say(f"{indexed.entry['name']}: {indexed.entry['samples']} samples, {indexed.entry['tokens']} tokens")
+            left_out = sum(indexed.tally["dropped"].values())
+            told = f"; {left_out} left out, the first is {indexed.first_bad}" if left_out else ""
+            say(f"{indexed.entry['name']}: {indexed.entry['samples']} samples, {indexed.entry['tokens']} tokens{told}")
+            first_bad = first_bad or indexed.first_bad
     bad = sum(tally.dropped.values())
     if bad > max_bad_fraction * tally.input or not entries:
         reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(tally.dropped.items()))
         raise InputError(
             f"{bad} of {tally.input} samples in {folder} cannot be used ({reasons or 'there is none'}), and"
             f" max_bad_fraction={max_bad_fraction} allows {int(max_bad_fraction * tally.input)}."
+            + (f" The first is {first_bad}" if first_bad else "")
         )
     summary = summary_of(tokenizer, entries, kinds, {"samples": tally}, options={"text_key": text_key})
     write_json(folder / SUMMARY, summary)
@@ -104,71 +112,129 @@ class _Indexed:
     entry: dict[str, Any]
     tally: dict[str, Any]
     kinds: Counter[str]
+    first_bad: str
+    """The first sample that cannot be used and why, as a sentence; empty where there is none."""
 
 
 def _index_tar(job: tuple[Path, str, str, str]) -> _Indexed:
     folder, tar, tokenizer_name, text_key = job
     tokenizer = cached_tokenizer(tokenizer_name)
     tally, kinds, samples, seen = Tally(), Counter[str](), [], set[str]()
+    first_bad = ""
     for group in _groups(folder / tar):
         try:
             if group.key in seen:
-                raise _Unusable("scattered_key")
+                raise Unusable("scattered_key", "its key comes back behind other samples")
             seen.add(group.key)
-            parts, meta = _content(group, text_key)
-            images = tuple(image_size(group.contents[part["image"]]) for part in parts if "image" in part)
-            kind = meta.get("kind") if isinstance(meta.get("kind"), str) else None
-            kind = kind if kind in LETTERS else "image" if images else "text"
-            tokens = len(encode_text(parts, tokenizer).ids)
-            samples.append(IndexedSample(group.key, kind, tokens, tuple(group.members.values()), images))
-        except _Unusable as reason:
-            tally.drop(str(reason))
-        except BadImage as problem:
-            tally.drop(f"image_{problem.reason}")
+            sample = _sample(group, text_key, folder / tar, tokenizer)
+        except Unusable as problem:
+            tally.drop(problem.reason)
+            first_bad = first_bad or f"{tar}: {group.key}: {problem.detail.rstrip('.')}."
         else:
+            samples.append(sample)
             tally.keep()
-            kinds[kind] += 1
+            kinds[sample.kind] += 1
     size = (folder / tar).stat().st_size
     index = ShardIndex.of_samples(tar, size, tokenizer.fingerprint, samples, text_key)
     with disk_errors(f"writing the index of {folder / tar}"):
         write_index(folder, index)
-    return _Indexed(shard_entry(index), tally.as_json(), kinds)
+    return _Indexed(shard_entry(index), tally.as_json(), kinds, first_bad)
+
+
+def _sample(group: _Group, text_key: str, path: Path, tokenizer: Tokenizer) -> IndexedSample:
+    parts, meta = _content(group, text_key)
+    images, series = [], []
+    for part in parts:
+        if "image" in part:
+            try:
+                images.append(image_size(group.contents[part["image"]]))
+            except BadImage as problem:
+                raise Unusable(f"image_{problem.reason}", f"image {len(images)} ({part['image']}): {problem}") from None
+        elif "series" in part:
+            try:
+                points = len(read_series(_array(group, part["series"], path)))
+                series.append((points, sampling_rate(points, part.get("rate"))))
+            except BadSeries as problem:
+                sentence = problem.of(f"{len(series)} ({part['series']})")
+                raise Unusable(f"series_{problem.reason}", sentence) from None
+    kind = meta.get("kind") if isinstance(meta.get("kind"), str) else None
+    kind = kind if kind in LETTERS else "image" if images else "series" if series else "text"
+    tokens = len(encode_text(parts, tokenizer).ids)
+    return IndexedSample(group.key, kind, tokens, tuple(group.members.values()), tuple(images), tuple(series))
+
+
+def _array(group: _Group, name: str, path: Path) -> bytes:
+    """A member that is a time series after all; from now on the sample has it."""
+    offset, size = group.arrays[name]
+    if size > MAX_MEMBER:
+        raise BadSeries("too_large", f"has {size} bytes; at most {MAX_MEMBER} are taken")
+    with open(path, "rb") as file:
+        file.seek(offset)
+        content = file.read(size)
+    group.members[name] = Member(name, offset, size, zlib.crc32(content))
+    return content
 
 
 def _content(group: _Group, text_key: str) -> tuple[list[Part], dict[str, Any]]:
     """Parts of a sample and its .json member."""
-    if group.twice:
-        raise _Unusable("member_twice")
-    meta = _json(group.contents[JSON_MEMBER]) if JSON_MEMBER in group.contents else {}
-    if PARTS_MEMBER in group.contents:
-        parts = _json(group.contents[PARTS_MEMBER])
-        try:
-            check_parts(parts)
-        except InputError:
-            raise _Unusable("parts") from None
-        if any(part["image"] not in group.contents for part in parts if "image" in part):
-            raise _Unusable("image_missing")
-    else:
-        parts = [{"image": name} for name in sorted(group.contents) if is_image(name)]
-        if TEXT_MEMBER in group.contents:
-            try:
-                parts.append({"text": group.contents[TEXT_MEMBER].decode()})
-            except UnicodeDecodeError:
-                raise _Unusable("not_utf8") from None
-        elif isinstance(meta, dict) and isinstance(meta.get(text_key), str):
-            parts.append({"text": meta[text_key]})
-        else:
-            raise _Unusable("no_text")
+    _once(group, group.contents)
+    meta = _json(group, JSON_MEMBER) if JSON_MEMBER in group.contents else {}
+    meta = meta if isinstance(meta, dict) else {}
+    parts = _named_parts(group) if PARTS_MEMBER in group.contents else _plain_parts(group, meta, text_key)
+    _once(group, [part["series"] for part in parts if "series" in part])
     if not any(part.get("text", "").strip() for part in parts):
-        raise _Unusable("empty")
-    return parts, meta if isinstance(meta, dict) else {}
+        raise Unusable("empty", "its text is empty")
+    return parts, meta
 
 
-def _json(content: bytes) -> Any:
+def _once(group: _Group, members: Iterable[str]) -> None:
+    if twice := group.twice.intersection(members):
+        raise Unusable("member_twice", f"it holds the member {min(twice)} twice")
+
+
+def _named_parts(group: _Group) -> list[Part]:
+    """The parts that a sample lists itself: each of its pictures has its place, and each place its picture or series."""
+    parts: list[Part] = _json(group, PARTS_MEMBER)
     try:
-        return json.loads(content)
+        check_parts(parts)
+    except InputError as error:
+        raise Unusable("parts", str(error)) from None
+    for kind, held in (("image", group.contents), ("series", group.arrays)):
+        for name in (part[kind] for part in parts if kind in part):
+            if name not in held:
+                raise Unusable(f"{kind}_missing", f"{PARTS_MEMBER} names the {kind} {name!r}, which it does not hold")
+    named = {part["image"] for part in parts if "image" in part}
+    if without := sorted(name for name in group.contents if is_image(name) and name not in named):
+        raise Unusable("image_unplaced", f"{PARTS_MEMBER} has no place for its image {without[0]!r}")
+    return parts
+
+
+def _plain_parts(group: _Group, meta: dict[str, Any], text_key: str) -> list[Part]:
+    """Pictures, then series, then the text."""
+    parts: list[Part] = [{"image": name} for name in sorted(group.contents) if is_image(name)]
+    if RATE_KEY in meta:
+        names = series_members(group.arrays)
+        rates = meta[RATE_KEY] if isinstance(meta[RATE_KEY], list) else [meta[RATE_KEY]] * len(names)
+        if len(rates) != len(names):
+            raise Unusable("series_rate", f"{RATE_KEY} has {len(rates)} numbers for {len(names)} series")
+        parts += [{"series": name, "rate": rate} for name, rate in zip(names, rates, strict=True)]
+    if TEXT_MEMBER in group.contents:
+        try:
+            parts.append({"text": group.contents[TEXT_MEMBER].decode()})
+        except UnicodeDecodeError:
+            raise Unusable("not_utf8", f"its member {TEXT_MEMBER} is not UTF-8") from None
+    elif isinstance(meta.get(text_key), str):
+        parts.append({"text": meta[text_key]})
+    else:
+        raise Unusable("no_text", f"it has neither a member {TEXT_MEMBER} nor a string under {text_key!r} of a .json")
+    return parts
+
+
+def _json(group: _Group, member: str) -> Any:
+    try:
+        return json.loads(group.contents[member])
     except (ValueError, RecursionError):
-        raise _Unusable("not_json") from None
+        raise Unusable("not_json", f"its member {member} is not JSON") from None
 
 
 def _groups(path: Path) -> Iterator[_Group]:
@@ -207,12 +273,18 @@ def _groups(path: Path) -> Iterator[_Group]:
 
 
 def _take(group: _Group, tar: tarfile.TarFile, member: tarfile.TarInfo, extension: str) -> None:
+    if is_series(extension):
+        if extension in group.arrays:
+            group.twice.add(extension)
+        group.arrays[extension] = (member.offset_data, member.size)
+        return
     if extension not in (TEXT_MEMBER, JSON_MEMBER, PARTS_MEMBER) and not is_image(extension):
         return
     if member.size > MAX_MEMBER:
         return
     stream = tar.extractfile(member)
     content = stream.read() if stream is not None else b""
-    group.twice |= extension in group.members
+    if extension in group.members:
+        group.twice.add(extension)
     group.members[extension] = Member(extension, member.offset_data, member.size, zlib.crc32(content))
     group.contents[extension] = content
