@@ -40,7 +40,7 @@ from moexpand.data.workplace import Workplace, digest_of
 
 Say = Callable[[str], None]
 
-READER_VERSION = 3
+READER_VERSION = 4
 """Another number reads all sources anew where a build goes on."""
 UNTRUSTED = ("pdf", "mineru", "docling", "pictures")
 """Formats whose decoders meet hostile files: read in processes of their own, whatever the number of workers."""
@@ -103,8 +103,11 @@ def build_dataset(
         if not shards:
             drops = tallies["documents"].dropped + tallies["samples"].dropped
             said = ", ".join(f"{reason} {count}" for reason, count in sorted(drops.items()))
+            first = _first(units)
             work.remove()
-            raise InputError(f"No sample is left of {len(files)} files (dropped: {said or 'nothing'}); nothing was written.")
+            raise InputError(
+                f"No sample is left of {len(files)} files (dropped: {said or 'nothing'}); nothing was written.{first}"
+            )
         read = [{"name": file.name, "format": file.format, "sha256": digest} for file, digest in zip(files, digests, strict=True)]
         summary = summary_of(tokenizer, shards, kinds, tallies, read, _written_options(options))
         write_json(work.shards / SUMMARY, summary)
@@ -202,7 +205,7 @@ def _read_all(
         if number in failures:
             tallies["documents"].drop(failures[number])
             continue
-        counts = json.loads((folders[number] / COUNTS).read_text(encoding="utf-8"))
+        counts = _counts(folders[number])
         for stage in ("documents", "pages", "figures"):
             tallies[stage].add(counts[stage])
         units.append(Unit(file, folders[number]))
@@ -230,12 +233,24 @@ def _jobs(
 
 
 def _describe(folder: Path) -> str:
-    counts = json.loads((folder / COUNTS).read_text(encoding="utf-8"))
+    counts = _counts(folder)
     if counts["reason"]:
         return str(counts["reason"])
+    told = f"; the first left out is {counts['first_left_out']}" if counts["first_left_out"] else ""
     if counts["pages"]["input"]:
         return f"{counts['pages']['kept']} pages, {counts['figures']['kept']} of {counts['figures']['input']} figures and tables"
-    return f"{counts['documents']['kept']} of {counts['documents']['input']} documents"
+    return f"{counts['documents']['kept']} of {counts['documents']['input']} documents{told}"
+
+
+def _first(units: list[Unit]) -> str:
+    """The first row or picture that is left out and why, as one more sentence."""
+    found = ((unit.file.name, _counts(unit.folder)["first_left_out"]) for unit in units)
+    return next((f" The first left out is {name}: {detail}" for name, detail in found if detail), "")
+
+
+def _counts(folder: Path) -> dict[str, Any]:
+    counts: dict[str, Any] = json.loads((folder / COUNTS).read_text(encoding="utf-8"))
+    return counts
 
 
 def _write_shards(
@@ -279,10 +294,13 @@ def _write_shards(
 
 def _content_digest(samples: list[Sample], tokenizer: str) -> str:
     content = [
-        [sample.key, sample.kind, sample.parts, sample.meta, {name: sha256(path) for name, path in sample.images.items()}]
-        for sample in samples
+        [sample.key, sample.kind, sample.parts, sample.meta, _digests(sample.images | sample.series)] for sample in samples
     ]
     return digest_of(tokenizer, content)
+
+
+def _digests(files: dict[str, Path]) -> dict[str, str]:
+    return {name: sha256(path) for name, path in files.items()}
 
 
 def _batches(samples: Iterator[Sample], size: int) -> Iterator[list[Sample]]:

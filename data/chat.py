@@ -18,15 +18,15 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import PurePosixPath
 from typing import Any
 
 from moexpand.base.errors import InputError
-from moexpand.data.chat_template import CLOSE, END_THINK, FIXED_DATE, IMAGE, MARK, OPEN, THINK, ChatTemplate
+from moexpand.data.attached import Attached, brings_series, parts_of, row_series
+from moexpand.data.chat_content import KINDS, SHOWN, Supply, attached_by_item, flat, series_as_text
+from moexpand.data.chat_template import CLOSE, END_THINK, FIXED_DATE, MARK, OPEN, THINK, ChatTemplate
 from moexpand.data.parts import Part, Unusable, control_pattern, text_part
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-IMAGE_ENDINGS = ("png", "jpg", "jpeg", "webp")
 REASONING = ("reasoning_content", "thinking", "reasoning")
 HISTORIES = ("split", "last")
 Span = tuple[int, int]
@@ -61,6 +61,8 @@ class ChatSample:
     text of one sample alone."""
     answers: int
     """How many answers train here."""
+    series: tuple[str, ...] = ()
+    """File of each series part, likewise."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,8 @@ class RenderedChat:
 
 
 def chat_row(row: Mapping[str, Any], template: ChatTemplate, settings: ChatSettings) -> RenderedChat:
-    """A row {"messages": [...], "tools": [...], "images": [...], "enable_thinking": true}, of which all but messages may be
-    missing. See `render_chat`. `tools` may be a string of JSON."""
+    """A row {"messages": [...], "tools": [...], "images": [...], "series": [...], "sampling_rate": 500, "enable_thinking": true},
+    of which all but messages may be missing. See `render_chat`. `tools` may be a string of JSON."""
     tools, thinking = row.get("tools"), row.get("enable_thinking")
     if isinstance(tools, str):
         try:
@@ -85,7 +87,10 @@ def chat_row(row: Mapping[str, Any], template: ChatTemplate, settings: ChatSetti
         thinking = settings.enable_thinking
     if thinking is not None and not isinstance(thinking, bool):
         raise Unusable("enable_thinking", "it must be true, false or null")
-    return render_chat(row.get("messages"), template, tools, thinking, row.get("images") or (), settings.history)
+    images = row.get("images") or ()
+    images = [images] if isinstance(images, str) else images
+    series = row_series(row) if brings_series(row) else ()
+    return render_chat(row.get("messages"), template, tools, thinking, images, settings.history, series)
 
 
 def render_chat(
@@ -95,24 +100,26 @@ def render_chat(
     enable_thinking: bool | None = None,
     images: Iterable[str] = (),
     history: str = "split",
+    series: Iterable[tuple[Any, Any]] = (),
 ) -> RenderedChat:
     """Render a conversation as samples that train on its answers.
 
     Args:
         messages: [{"role": ..., "content": ...}, ...] as chat templates take them, with tool_calls and reasoning_content. Content
-            is a string or a list of {"type": "text", "text": ...} and {"type": "image", "image": file} (or image_url).
-            What follows the last answer is left out.
+            is a string or a list of {"type": "text", "text": ...}, {"type": "image", "image": file} (or image_url) and
+            {"type": "time_series", "time_series": file, "sampling_rate": hertz}. What follows the last answer is left out.
         template: the model's.
         tools: descriptions of functions, a list of JSON objects.
         enable_thinking: for the template.
         images: files for the images in messages that name none, in their order.
         history: see `ChatSettings.history`.
+        series: likewise of time series, with their sampling rates.
 
     Raises:
         Unusable: the conversation makes no sample; its reason is to be counted.
     """
     try:
-        conversation = _Conversation(template, enable_thinking, iter(images))
+        conversation = _Conversation(template, enable_thinking, Supply(images, series))
         conversation.read(messages, tools)
         if template.marks_answers(conversation.tools):
             return RenderedChat([conversation.by_blocks()], 0)
@@ -127,10 +134,10 @@ class _Conversation:
 
     template: ChatTemplate
     enable_thinking: bool | None
-    supply: Iterator[str]
+    supply: Supply
     messages: list[dict[str, Any]] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
-    images: list[list[str]] = field(default_factory=list)
+    attached: list[list[Attached]] = field(default_factory=list)
     """Files of each message."""
     tools: list[dict[str, Any]] | None = None
     rendered: dict[tuple[int, bool], str] = field(default_factory=dict)
@@ -150,11 +157,15 @@ class _Conversation:
             self._read_message(number, message)
         if self.messages[0]["role"] == "assistant":
             raise Unusable("no_prompt", "the conversation begins with an answer")
-        if any(self.images) and not self._writes_images():
-            # The template knows nothing of images, or of lists: it gets one string a message, and images keep their places.
-            for message in self.messages:
-                message["content"] = _flat(message["content"])
-            self.rendered.clear()
+        if last + 1 == len(messages):
+            self.supply.check_used(self._attached(len(messages)))
+        # A template that knows nothing of series gets our mark as one more text in their place. One that knows nothing of images,
+        # or of lists, gets one string a message, and all keep their places.
+        for kind, without in (("series", series_as_text), ("image", flat)):
+            if self._count(kind, len(self.messages)) and not self._writes(kind):
+                for message in self.messages:
+                    message["content"] = without(message["content"])
+                self.rendered.clear()
 
     def _read_message(self, number: int, message: Any) -> None:
         if not isinstance(message, dict) or message.get("role") not in ROLES:
@@ -170,7 +181,7 @@ class _Conversation:
             message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
         if content is None and answer:
             content = ""
-        files: list[str] = []
+        files: list[Attached] = []
         if isinstance(content, str):
             content, text = self._mark_text(content, answer), content
         elif isinstance(content, list):
@@ -180,14 +191,14 @@ class _Conversation:
         calls = message.get("tool_calls")
         if calls and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
             raise Unusable("tool_calls", f"tool_calls of message {number} is not a list of JSON objects")
-        if answer and not (_flat(content).strip() or calls or reasoning):
+        if answer and not (flat(content).strip() or calls or reasoning):
             raise Unusable("empty_answer", f"message {number} is an answer without content")
         self.messages.append({**self._marked(message), "role": role, "content": content})
         self.texts.append(text)
-        self.images.append(files)
+        self.attached.append(files)
 
-    def _read_list(self, number: int, content: list[Any], answer: bool, files: list[str]) -> tuple[Any, str]:
-        """Marked content, a string if it holds no image, and its bare text; files of images are added to `files`."""
+    def _read_list(self, number: int, content: list[Any], answer: bool, files: list[Attached]) -> tuple[Any, str]:
+        """Marked content, a string if it holds nothing else, and its bare text; what it brings is added to `files`."""
         marked: list[dict[str, str]] = []
         texts: list[str] = []
         for item in content:
@@ -195,29 +206,14 @@ class _Conversation:
             if kind == "text" and isinstance(item.get("text"), str):
                 texts.append(item["text"])
                 marked.append({"type": "text", "text": self._mark_text(item["text"], answer and len(texts) == 1)})
-            elif kind in ("image", "image_url"):
-                files.append(self._file(number, item))
-                # Templates ask whether there is an image, not which.
-                marked.append({"type": "image", "image": "image"})
+            elif isinstance(kind, str) and kind in KINDS:
+                files.append(attached_by_item(number, KINDS[kind], item, self.supply))
+                marked.append(dict(SHOWN[KINDS[kind]]))
             else:
-                raise Unusable("content", f"message {number} holds {kind or 'something'!r}; text and images are supported")
-        return (marked if files else _flat(marked)), "".join(texts)
-
-    def _file(self, number: int, item: dict[str, Any]) -> str:
-        given = next((item[key] for key in ("image", "image_url", "path", "url") if item.get(key) is not None), None)
-        given = given.get("url") if isinstance(given, dict) else given
-        name = next(self.supply, None) if given is None else given
-        if not isinstance(name, str):
-            raise Unusable("image_name", f"an image of message {number} names no file")
-        if "://" in name or name.startswith("data:"):
-            raise Unusable("remote_image", f"an image of message {number} is an address or is inline; name a file instead")
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or path.suffix[1:].lower() not in IMAGE_ENDINGS:
-            raise Unusable(
-                "image_name",
-                f"an image of message {number} must be a file below the conversations', ending in {', '.join(IMAGE_ENDINGS)}",
-            )
-        return name
+                raise Unusable(
+                    "content", f"message {number} holds {kind or 'something'!r}; text, images and time series are supported"
+                )
+        return (marked if files else flat(marked)), "".join(texts)
 
     def _mark_text(self, text: str, answer: bool) -> str:
         """Marked text; the think block with which an answer begins stays markup, or goes where there is no thinking."""
@@ -301,18 +297,29 @@ class _Conversation:
     # Cutting into parts
 
     def _sample(self, rendered: str, spans: list[Span], count: int, answers: list[int]) -> ChatSample:
-        files = [file for message in self.images[:count] for file in message]
-        if self._images_written(rendered) != len(files):
-            raise Unusable("image_count", f"the template writes {self._images_written(rendered)} of {len(files)} images")
-        endings = [PurePosixPath(file).suffix[1:].lower() for file in files]
-        names = iter(endings if len(files) == 1 else [f"{i}.{ending}" for i, ending in enumerate(endings)])
+        attached = self._attached(count)
+        of_kind = {kind: [entry for entry in attached if entry.kind == kind] for kind in SHOWN}
+        for kind, entries in of_kind.items():
+            if (written := self._written(kind, rendered)) != len(entries):
+                what = "images" if kind == "image" else "series"
+                raise Unusable(f"{kind}_count", f"the template writes {written} of {len(entries)} {what}")
+        supplied = {kind: parts_of(entries) for kind, entries in of_kind.items()}
         parts: list[Part] = []
         edges = sorted({0, len(rendered), *(edge for span in spans for edge in span)})
         for start, stop in pairwise(edges):
             loss = any(first <= start and stop <= last for first, last in spans)
-            parts += self._cut(rendered[start:stop], loss, names)
+            parts += self._cut(rendered[start:stop], loss, supplied)
         led = [number for answer in answers for number in range(self._turn_of(answer), answer + 1)]
-        return ChatSample(parts, tuple(files), "\n\n".join(self.texts[i] for i in led if self.texts[i]), len(answers))
+        text = "\n\n".join(self.texts[i] for i in led if self.texts[i])
+        images, series = (tuple(entry.file for entry in of_kind[kind]) for kind in ("image", "series"))
+        return ChatSample(parts, images, text, len(answers), series)
+
+    def _attached(self, count: int) -> list[Attached]:
+        """What the first `count` messages bring."""
+        return [entry for message in self.attached[:count] for entry in message]
+
+    def _count(self, kind: str, count: int) -> int:
+        return sum(entry.kind == kind for entry in self._attached(count))
 
     def _turn_of(self, answer: int) -> int:
         """The first message after the answer before this one."""
@@ -320,28 +327,29 @@ class _Conversation:
             answer -= 1
         return answer
 
-    def _writes_images(self) -> bool:
+    def _writes(self, kind: str) -> bool:
+        """Whether the template writes any image or series of the conversation."""
         try:
-            return self._images_written(self._render(len(self.messages))) > 0
+            return self._written(kind, self._render(len(self.messages))) > 0
         except Unusable:
             return False
 
-    def _images_written(self, rendered: str) -> int:
-        return sum(match["image"] is not None for match in self.template.markup.finditer(rendered))
+    def _written(self, kind: str, rendered: str) -> int:
+        return sum(match[kind] is not None for match in self.template.markup.finditer(rendered))
 
-    def _cut(self, text: str, loss: bool, names: Iterator[str]) -> list[Part]:
-        """Parts of a stretch of rendered text."""
+    def _cut(self, text: str, loss: bool, supplied: Mapping[str, Iterator[Part]]) -> list[Part]:
+        """Parts of a stretch of rendered text; those of images and series are supplied by kind."""
         parts: list[Part] = []
         end = 0
         pieces: list[tuple[str, bool]] = []  # text, whether it is a control token
         for match in self.template.markup.finditer(text):
             pieces.append((text[end : match.start()].replace(MARK, ""), False))
             end = match.end()
-            if match["image"] is None:
+            kind = next((kind for kind in SHOWN if match[kind] is not None), None)
+            if kind is None:
                 pieces.append((match[0], True))
             else:
-                parts += self._joined(pieces, loss)
-                parts.append({"image": next(names)})
+                parts += [*self._joined(pieces, loss), next(supplied[kind])]
                 pieces = []
         pieces.append((text[end:].replace(MARK, ""), False))
         return parts + self._joined(pieces, loss)
@@ -363,24 +371,17 @@ _THINK_BLOCK = re.compile(rf"(\s*{THINK})(.*?){END_THINK}", re.DOTALL)
 _THINK_REST = re.compile(rf"()(.*?){END_THINK}", re.DOTALL)
 
 
-def _flat(content: Any) -> str:
-    """List content as one string, images by their placeholder."""
-    if isinstance(content, str):
-        return content
-    return "".join(item["text"] if item["type"] == "text" else IMAGE for item in content)
-
-
 def system_parts(template: ChatTemplate, system: str) -> list[Part]:
     """A system message alone, as the template writes it, without loss.
 
     Raises:
         InputError: the template refuses a conversation of a system message alone, or leaves its text out.
     """
-    conversation = _Conversation(template, None, iter(()), [{"role": "system", "content": template.mark(system)}])
+    conversation = _Conversation(template, None, Supply((), ()), [{"role": "system", "content": template.mark(system)}])
     try:
         rendered = conversation._render(1)
     except Unusable as error:
         raise InputError(f"{template.origin} cannot write the system prompt {system!r} by itself ({error.detail}).") from None
     if template.mark(system.strip()) not in rendered:
         raise InputError(f"{template.origin} leaves out the system prompt {system!r}.")
-    return conversation._cut(rendered, False, iter(()))
+    return conversation._cut(rendered, False, {})

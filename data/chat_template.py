@@ -18,12 +18,12 @@ from jinja2.utils import Namespace
 from moexpand.base.errors import InputError
 from moexpand.base.files import read_json
 from moexpand.data.chatml import CHATML
-from moexpand.data.parts import Unusable, control_pattern, control_tokens, vision_tokens
+from moexpand.data.parts import SERIES_TOKENS, Unusable, control_pattern, control_tokens, vision_tokens
 from moexpand.data.tokens import Tokenizer
 
-MARK, IMAGE, OPEN, CLOSE = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
+MARK, IMAGE, OPEN, CLOSE, SERIES = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3", "\ufdd4"
 """Noncharacters of Unicode, which no text has a use for: beside a character that could begin or end a control token, in place
-of an image, and around what a `{% generation %}` block writes."""
+of an image, around what a `{% generation %}` block writes, and in place of a time series."""
 FIXED_DATE = "2025-01-01"
 THINK, END_THINK = "<think>", "</think>"
 
@@ -72,17 +72,15 @@ class ChatTemplate:
         borders = "".join(map(re.escape, sorted(self._first | self._last)))
         self._border = re.compile(f"[{borders}]" if borders else r"(?!)")
         self._bare = control_pattern(tuple(token for token in self.tokens if token[0].isalnum() and token[-1].isalnum()))
-        image = IMAGE
-        if self.vision:
-            start, pad, end = map(re.escape, self.vision)
-            image += f"|(?:{start})?{pad}(?:{end})?"
-        self.markup = re.compile(f"(?P<image>{image})|{control_pattern(self.tokens).pattern}")
-        """Finds images and control tokens in rendered text."""
+        series = SERIES_TOKENS if set(SERIES_TOKENS) <= set(self.tokens) else None
+        image, written = _written(IMAGE, self.vision), _written(SERIES, series)
+        self.markup = re.compile(f"(?P<image>{image})|(?P<series>{written})|{control_pattern(self.tokens).pattern}")
+        """Finds images, time series and control tokens in rendered text."""
         self._thinking_open: dict[bool | None, bool] = {}
 
     def mark(self, text: str) -> str:
         """`text` with a mark beside every character with which a control token could begin or end, so that none can be read
-        in it, nor across its ends. Lone surrogates become '?', and the four noncharacters used here U+FFFD."""
+        in it, nor across its ends. Lone surrogates become '?', and the five noncharacters used here U+FFFD."""
         text = text.encode("utf-8", "replace").decode("utf-8")
         text = _MARKS.sub("\ufffd", text)
         text = self._bare.sub(lambda match: match[0][0] + MARK + match[0][1:], text)
@@ -142,8 +140,17 @@ class ChatTemplate:
         return "tool_use" if tools and "tool_use" in self._compiled else "default"
 
 
+def _written(mark: str, convention: tuple[str, str, str] | None) -> str:
+    """Pattern of one image or series: our mark, or the three tokens of a convention, of which templates may write the middle one
+    alone."""
+    if convention is None:
+        return mark
+    start, pad, end = map(re.escape, convention)
+    return f"{mark}|(?:{start})?{pad}(?:{end})?"
+
+
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-_MARKS = re.compile(f"[{MARK}{IMAGE}{OPEN}{CLOSE}]")
+_MARKS = re.compile(f"[{MARK}{IMAGE}{OPEN}{CLOSE}{SERIES}]")
 _NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
 

@@ -18,7 +18,8 @@ def inspect_shards(folder: str | Path) -> dict[str, Any]:
 
     Returns:
         tokenizer, samples, tokens, kinds (samples and tokens of each), stages (input, kept, dropped by reason), shards,
-        token_lengths (median, 90 %, longest), fill (sequence length -> fraction of packs that is not padding), examples.
+        token_lengths (median, 90 %, longest), series_points (shortest, median, longest) and series_rates (lowest, highest) where
+        there are time series, fill (sequence length -> fraction of packs that is not padding), examples.
 
     Raises:
         InputError: the folder, a shard or an index is missing or damaged.
@@ -44,6 +45,7 @@ def inspect_shards(folder: str | Path) -> dict[str, Any]:
         "samples": len(corpus),
         "tokens": int(corpus.tokens.sum()),
         "images": len(corpus.image_height),
+        **_series(corpus),
         "kinds": kinds,
         "stages": summary["stages"],
         "shards": summary["shards"],
@@ -55,3 +57,16 @@ def inspect_shards(folder: str | Path) -> dict[str, Any]:
         "fill": fill,
         "examples": examples,
     }
+
+
+def _series(corpus: Corpus) -> dict[str, Any]:
+    points, rates = corpus.series_points, corpus.series_rate
+    found: dict[str, Any] = {"series": len(points)}
+    if len(points):
+        found["series_points"] = {
+            "shortest": int(points.min()),
+            "median": int(np.median(points)),
+            "longest": int(points.max()),
+        }
+        found["series_rates"] = {"lowest": float(rates.min()), "highest": float(rates.max())}
+    return found

@@ -56,8 +56,8 @@ def measure(record: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Measure one record.
 
     Args:
-        record: `text`, optional `parts`, `images` (file names relative to `folder`), `caption` and `inner_text`.
-        folder: where the images lie.
+        record: `text`, optional `parts`, `images` and `series` (file names relative to `folder`), `caption` and `inner_text`.
+        folder: where the files lie.
 
     Returns:
         A JSON object, equal for equal input:
@@ -65,7 +65,7 @@ def measure(record: dict[str, Any], folder: Path) -> dict[str, Any]:
         - `characters`, `visible`: of the text, and how many of them are not white space.
         - `symbol_ratio`, `repetition`, `ngram_repetition`: fractions from 0 to 1, see the functions of these names.
         - `language`, `language_probability`: ISO 639 code and its probability from 0 to 1; null below `MIN_LETTERS` letters.
-        - `exact`: 32 hexadecimal digits, equal for records with the same text (white space aside), parts and image files.
+        - `exact`: 32 hexadecimal digits, equal for records with the same text (white space aside), parts, images and series.
         - `minhash`: base64 of little-endian uint32 [PERMUTATIONS], or null for fewer than `MIN_TOKENS` tokens.
         - `phash`: for every image 64 hexadecimal digits, or null where it is nearly blank or cannot be read.
         - `ink`: for every image the standard deviation of its grey levels (0 to 127.5); null where it cannot be read.
@@ -73,11 +73,12 @@ def measure(record: dict[str, Any], folder: Path) -> dict[str, Any]:
         - `agreement`: see the function; null where there is nothing to compare.
 
     Raises:
-        OSError: an image file is missing or cannot be read from the disk.
+        OSError: a file is missing or cannot be read from the disk.
     """
     text = record["text"]
     files = [_read(Path(folder) / name) for name in record.get("images", [])]
     refused, inks, hashes = _measure_images(files)
+    series = [(Path(folder) / name).read_bytes() for name in record.get("series", [])]
     words = tokens(text)
     language, probability = language_of(text)
     signature = minhash(words)
@@ -89,7 +90,7 @@ def measure(record: dict[str, Any], folder: Path) -> dict[str, Any]:
         "ngram_repetition": round(ngram_repetition(words), 4),
         "language": language,
         "language_probability": probability,
-        "exact": exact_digest(text, record.get("parts"), files),
+        "exact": exact_digest(text, record.get("parts"), files + series),
         "minhash": None if signature is None else base64.b64encode(signature.astype("<u4").tobytes()).decode(),
         "phash": hashes,
         "ink": inks,
@@ -174,14 +175,14 @@ def _language_model() -> Callable[[str], tuple[str, float]]:
     return classify
 
 
-def exact_digest(text: str, parts: list[dict[str, Any]] | None, images: list[bytes]) -> str:
-    """BLAKE2b-128 of a text without regard to the amount of white space, of its parts and of its image files."""
+def exact_digest(text: str, parts: list[dict[str, Any]] | None, files: list[bytes]) -> str:
+    """BLAKE2b-128 of a text without regard to the amount of white space, of its parts and of its images and series."""
     digest = hashlib.blake2b(digest_size=16)
     fields = [
         " ".join(text.split()).encode(errors="surrogatepass"),
         b"" if parts is None else json.dumps(parts, sort_keys=True).encode(),
     ]
-    for field in fields + images:
+    for field in fields + files:
         digest.update(len(field).to_bytes(8, "little"))
         digest.update(field)
     return digest.hexdigest()

@@ -48,7 +48,7 @@ def plan_window(
         lengths: int64 [N], tokens of each, end-of-text token included; all positive.
         seq_length: tokens of a pack.
         key: decides the order of the packs.
-        vision: int64 [N], tokens of images of each; they are spread over the packs.
+        vision: int64 [N], tokens of images and series of each; they are spread over the packs.
     """
     chunks = -(-lengths // seq_length)
     owner = np.repeat(np.arange(len(samples)), chunks)

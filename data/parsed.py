@@ -20,10 +20,10 @@ from PIL import Image
 
 from moexpand.data.document import MAX_PAGES, DocumentLimits, Refused, equation_pattern, figure_pattern, mentions_of, write_result
 from moexpand.data.image_decode import DEFAULT_LIMITS, BadImage, decode_image, image_size
+from moexpand.data.named_files import file_inside, picture_content, picture_ending
 from moexpand.data.parts import Unusable
 from moexpand.data.pdf_labels import label_of
 from moexpand.data.pdf_text import UNSEEN, Box
-from moexpand.data.picture_files import picture_content, picture_ending, picture_inside
 from moexpand.data.tally import Tally
 
 MAX_JSON_BYTES = 256 << 20
@@ -189,7 +189,7 @@ class _Pictures:
             name = f"{self._artifacts}/{uri.rsplit('/', 1)[-1]}"
             if not (self._home / self._artifacts).is_dir():
                 raise Unusable("image_outside", f"the picture {uri[:200]!r} is not a path inside the folder of its file")
-        return picture_content(picture_inside(self._home, name))
+        return picture_content(file_inside(self._home, name))
 
     def _part(self, uri: str, crop: Box) -> bytes:
         """A part of a page's picture, as PNG; neighbours on a page decode it once."""

@@ -83,7 +83,8 @@ def samples_of(units: list[Unit], reasons: dict[str, str], tally: Tally) -> Iter
             parts = record.get("parts") or [*({"image": name} for name in sorted(images)), {"text": record["text"]}]
             meta = {"source": unit.file.name} | record["meta"]
             files = {name: unit.folder / file for name, file in images.items()}
-            yield Sample(key, record["kind"], parts, meta, files), record
+            series = {name: unit.folder / file for name, file in record.get("series", {}).items()}
+            yield Sample(key, record["kind"], parts, meta, files, series), record
 
 
 def captioned(

@@ -25,6 +25,8 @@ CHANNELS = 1024
 """Most channels of a series."""
 VALUES = 1 << 27
 """Most values of a series, points times channels: 10^6 points of 134 channels. As float32 they have 512 MiB."""
+FILE_BYTES = 1 << 30
+"""Most bytes of a file."""
 HEADER_BYTES = 4096
 """Most bytes of a header; one of two numbers has 128."""
 MARKS = 2

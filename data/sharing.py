@@ -1,4 +1,4 @@
-"""Which data-parallel rank computes which micro-batch: as many for each, and as equal as possible in tokens of images."""
+"""Which data-parallel rank computes which micro-batch: as many for each, and as equal as possible in tokens of images and series."""
 
 import heapq
 
@@ -15,7 +15,7 @@ def share(costs: np.ndarray, ranks: int) -> np.ndarray:
     then swaps between the fullest rank and others for as long as they lower its load. Without costs, in turn.
 
     Args:
-        costs: int64 [M], vision tokens of every micro-batch; `ranks` divides M.
+        costs: int64 [M], tokens of images and series of every micro-batch; `ranks` divides M.
         ranks: data-parallel ranks.
 
     Returns:

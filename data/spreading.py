@@ -36,7 +36,7 @@ def spread(pack_of: np.ndarray, lengths: np.ndarray, vision: np.ndarray, capacit
     Args:
         pack_of: int64 [N], the pack of every chunk.
         lengths: int64 [N].
-        vision: int64 [N], tokens of images of each.
+        vision: int64 [N], tokens of images of each; those of time series count with them, here and below.
         capacity: of every pack.
 
     Returns:

@@ -24,7 +24,7 @@ from moexpand.data.dataset import PARTS_MEMBER, SUMMARY, TEXT_MEMBER, is_image, 
 from moexpand.data.image_decode import BadImage, image_size
 from moexpand.data.index import IndexedSample, Member, ShardIndex, write_index
 from moexpand.data.parts import Part, Unusable, check_parts, encode_text, is_series
-from moexpand.data.series import BadSeries, read_series, sampling_rate
+from moexpand.data.series import FILE_BYTES, BadSeries, read_series, sampling_rate
 from moexpand.data.shards import cached_tokenizer, shard_entry
 from moexpand.data.tally import Tally
 from moexpand.data.tokens import Tokenizer
@@ -166,8 +166,8 @@ def _sample(group: _Group, text_key: str, path: Path, tokenizer: Tokenizer) -> I
 def _array(group: _Group, name: str, path: Path) -> bytes:
     """A member that is a time series after all; from now on the sample has it."""
     offset, size = group.arrays[name]
-    if size > MAX_MEMBER:
-        raise BadSeries("too_large", f"has {size} bytes; at most {MAX_MEMBER} are taken")
+    if size > FILE_BYTES:
+        raise BadSeries("too_large", f"has {size} bytes; at most {FILE_BYTES} are taken")
     with open(path, "rb") as file:
         file.seek(offset)
         content = file.read(size)

@@ -1,40 +1,44 @@
 """One source to records: the samples-to-be of a file with what filters need to know of them, in a folder of its own.
 
-The folder holds `records.jsonl`, `measures.jsonl` (a line for each record), the pictures, and `counts.json`. A record is
+The folder holds `records.jsonl`, `measures.jsonl` (a line for each record), pictures and time series, and `counts.json`. A record
+is
 
     {"name": "t0000000", "kind": "text", "text": what filters and readers see, "meta": {...}}
 
-with `parts` where a sample is more than its pictures and its text, and `images` (extension of the member -> file in the folder).
+with `parts` where a sample is more than its pictures and its text, and `images` and `series` (extension of the member -> file in
+the folder).
 """
 
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from moexpand.base.errors import InputError
 from moexpand.base.files import sha256
+from moexpand.data.attached import attached_by_row, brings_series, parts_of
 from moexpand.data.chat import ChatSettings, chat_row
 from moexpand.data.chat_template import ChatTemplate, load_chat_template
 from moexpand.data.document import COUNTS, RECORDS, DocumentLimits
 from moexpand.data.image_decode import BadImage, image_size
 from moexpand.data.measures import measure
+from moexpand.data.named_files import file_inside
 from moexpand.data.parsed_docling import extract_docling
 from moexpand.data.parsed_mineru import extract_mineru
-from moexpand.data.parts import Part, Unusable
+from moexpand.data.parts import Part, Unusable, text_part
 from moexpand.data.pdf import extract_pdf
-from moexpand.data.picture_files import picture_inside
 from moexpand.data.record_templates import RecordTemplates, read_rows
+from moexpand.data.series import FILE_BYTES, BadSeries, read_series, sampling_rate
 from moexpand.data.shards import cached_tokenizer
 from moexpand.data.sources import SourceFile, captions_of, cut, paragraphs
 from moexpand.data.tally import Tally
 
 MEASURES = "measures.jsonl"
 REFUSED = "refused"
-LETTERS = {"text": "t", "figure": "f", "table": "f", "equation": "f", "image": "i", "chat": "c", "record": "r"}
+LETTERS = {"text": "t", "figure": "f", "table": "f", "equation": "f", "image": "i", "series": "s", "chat": "c", "record": "r"}
 PARQUET_ROWS = 4096
 EXTRACTORS: dict[str, Callable[[str, str, DocumentLimits], None]] = {
     "pdf": extract_pdf,
@@ -69,8 +73,10 @@ class Records:
         self.folder = folder
         self.documents, self.pages, self.figures = Tally(), Tally(), Tally()
         self.untrained_answers = 0
-        self.pictures: dict[str, str | None] = {}
-        """SHA-256 of the pictures that rows name; None where one could not be used."""
+        self.named: dict[str, str | None] = {}
+        """SHA-256 of the files that rows name; None where one could not be used."""
+        self.first_left_out = ""
+        """The first row or picture of which no sample is made, and why, as a sentence."""
         self._numbers: Counter[str] = Counter()
         self._records: IO[str] = open(folder / f".{RECORDS}", "w", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._measures: IO[str] = open(folder / MEASURES, "w", encoding="utf-8")  # noqa: SIM115
@@ -82,6 +88,7 @@ class Records:
         meta: dict[str, Any],
         parts: list[Part] | None = None,
         images: dict[str, str] | None = None,
+        series: dict[str, str] | None = None,
         about: dict[str, Any] | None = None,
     ) -> None:
         """Write a record.
@@ -97,7 +104,13 @@ class Records:
             record["parts"] = parts
         if images:
             record["images"] = images
-        measured = measure(record | {"images": list((images or {}).values())}, self.folder)
+        if series:
+            record["series"] = series
+        files = {"images": list((images or {}).values()), "series": list((series or {}).values())}
+        measured = measure(record | files, self.folder)
+        if measured["refused_images"]:
+            place = meta.get("place") or meta.get("file") or name
+            self.leave_out(place, f"a picture cannot be used ({measured['refused_images'][0]})")
         self._records.write(_line(record))
         self._measures.write(_line({"name": name, "kind": kind} | measured))
 
@@ -112,6 +125,21 @@ class Records:
         (self.folder / name).write_bytes(content)
         return name
 
+    def keep_series(self, content: bytes, rate: float | None) -> str:
+        """Put a time series into the folder likewise.
+
+        Raises:
+            BadSeries: it cannot be used.
+        """
+        sampling_rate(len(read_series(content)), rate)
+        name = f"{hashlib.sha256(content).hexdigest()[:32]}.npy"
+        (self.folder / name).write_bytes(content)
+        return name
+
+    def leave_out(self, place: str, detail: str) -> None:
+        """Remember the first of what is left out, for people."""
+        self.first_left_out = self.first_left_out or f"{place}: {detail.rstrip('.')}."
+
     def finish(self, reason: str | None = None) -> None:
         """Close the files; counts.json comes last."""
         self._records.close()
@@ -123,7 +151,8 @@ class Records:
             "pages": self.pages.as_json(),
             "figures": self.figures.as_json(),
             "untrained_answers": self.untrained_answers,
-            "pictures": self.pictures,
+            "named": self.named,
+            "first_left_out": self.first_left_out,
         }
         (self.folder / COUNTS).write_text(json.dumps(counts), encoding="utf-8")
 
@@ -191,11 +220,13 @@ def _read_pictures(file: SourceFile, records: Records) -> None:
     for path, caption in captions_of(file.path):
         if caption is None or not caption.strip():
             records.documents.drop("no_caption")
+            records.leave_out(path.name, "the picture has no caption")
             continue
         try:
             name = records.keep_image(_content(path), path.suffix)
         except BadImage as problem:
             records.documents.drop(f"image_{problem.reason}")
+            records.leave_out(path.name, str(problem))
             continue
         records.documents.keep()
         ending = path.suffix.lower().lstrip(".")
@@ -208,13 +239,13 @@ def _read_rows(file: SourceFile, records: Records, options: ReadOptions) -> None
     for place, row in rows(file.path, records.documents):
         try:
             reader.add(place, row)
-        except (Unusable, BadImage) as problem:
-            reason = f"image_{problem.reason}" if isinstance(problem, BadImage) else problem.reason
-            records.documents.reject(reason)
+        except Unusable as problem:
+            records.documents.reject(problem.reason)
+            records.leave_out(place, problem.detail)
 
 
 class _RowReader:
-    """Rows as conversations ("messages"), as text, or through a template."""
+    """Rows as conversations ("messages"), as text, with time series before it or without, or through a template."""
 
     def __init__(self, file: SourceFile, records: Records, options: ReadOptions) -> None:
         self._file, self._records, self._options = file, records, options
@@ -228,7 +259,7 @@ class _RowReader:
         """The records of a row.
 
         Raises:
-            Unusable, BadImage: it makes none.
+            Unusable: it makes none.
         """
         if "messages" in row:
             self._add_chat(place, row)
@@ -237,6 +268,9 @@ class _RowReader:
             text = text.encode("utf-8", "replace").decode("utf-8")
             if not text.strip():
                 raise Unusable("empty", "there is no text")
+            if brings_series(row):
+                self._add_series(place, row, text)
+                return
             for piece in cut(paragraphs(text), self._options.sample_characters):
                 self._records.add("text", piece, {"place": place})
         elif self._templates is not None:
@@ -248,15 +282,21 @@ class _RowReader:
         else:
             raise Unusable("no_text_key", f"the row has neither messages nor {self._options.text_key!r}")
 
+    def _add_series(self, place: str, row: dict[str, Any], text: str) -> None:
+        attached = attached_by_row(row)
+        parts = list(parts_of(attached))
+        files = self._files(parts, "series", [entry.file for entry in attached])
+        self._records.add("series", text, {"place": place}, [*parts, text_part(text)], series=files)
+
     def _add_chat(self, place: str, row: dict[str, Any]) -> None:
         rendered = chat_row(row, self._chat(), self._options.chat)
         if self._templates is not None and any(map(self._belongs_to_a_domain, row["messages"])):
             raise Unusable("system_of_a_domain", "its system prompt is that of a domain of the record templates")
         self._records.untrained_answers += rendered.untrained
         for sample in rendered.samples:
-            named = [part["image"] for part in sample.parts if "image" in part]
-            images = {name: self._image(file) for name, file in zip(named, sample.images, strict=True)}
-            self._records.add("chat", sample.text, {"place": place, "answers": sample.answers}, sample.parts, images)
+            images = self._files(sample.parts, "image", sample.images)
+            series = self._files(sample.parts, "series", sample.series)
+            self._records.add("chat", sample.text, {"place": place, "answers": sample.answers}, sample.parts, images, series)
 
     def _belongs_to_a_domain(self, message: Any) -> bool:
         system = isinstance(message, dict) and message.get("role") == "system" and message.get("content")
@@ -270,24 +310,38 @@ class _RowReader:
             )
         return self._template
 
-    def _image(self, name: str) -> str:
-        """A picture of a row lies beside its file or below; nothing else of the disk is read."""
-        self._records.pictures[name] = None
-        path = picture_inside(self._file.path.parent, name)
+    def _files(self, parts: Sequence[Part], kind: str, files: Sequence[str]) -> dict[str, str]:
+        """Member of every image or series part -> the file in the unit's folder."""
+        named = [part for part in parts if kind in part]
+        return {part[kind]: self._file_of(part, kind, file) for part, file in zip(named, files, strict=True)}
+
+    def _file_of(self, part: Part, kind: str, name: str) -> str:
+        """A file of a row lies beside the row's file or below; nothing else of the disk is read."""
+        self._records.named[name] = None
+        path = file_inside(self._file.path.parent, name, kind)
+        if kind == "series" and path.stat().st_size > FILE_BYTES:
+            raise Unusable("series_too_large", f"the series {name!r} has more than {FILE_BYTES} bytes")
         content = _content(path)
-        self._records.pictures[name] = hashlib.sha256(content).hexdigest()
-        return self._records.keep_image(content, path.suffix)
+        self._records.named[name] = hashlib.sha256(content).hexdigest()
+        try:
+            if kind == "series":
+                return self._records.keep_series(content, part.get("rate"))
+            return self._records.keep_image(content, path.suffix)
+        except BadSeries as problem:
+            raise Unusable(f"series_{problem.reason}", problem.of(repr(name))) from None
+        except BadImage as problem:
+            raise Unusable(f"image_{problem.reason}", f"{name!r}: {problem}") from None
 
 
 def still_true(file: SourceFile, folder: Path) -> bool:
-    """Whether the pictures that the rows of a source name are those of the unit that was made of it."""
+    """Whether the files that the rows of a source name are those of the unit that was made of it."""
     counts = json.loads((folder / COUNTS).read_text(encoding="utf-8"))
-    return all(_picture_digest(file, name) == digest for name, digest in counts.get("pictures", {}).items())
+    return all(_digest_of_named(file, name) == digest for name, digest in counts.get("named", {}).items())
 
 
-def _picture_digest(file: SourceFile, name: str) -> str | None:
+def _digest_of_named(file: SourceFile, name: str) -> str | None:
     try:
-        return sha256(picture_inside(file.path.parent, name))
+        return sha256(file_inside(file.path.parent, name))
     except (Unusable, OSError):
         return None
 

@@ -26,6 +26,12 @@ def run(config: DataInspectCommand) -> None:
 def _print_tables(console: Console, shards: str, found: dict[str, Any]) -> None:
     name = found["tokenizer"]["name"]
     console.line(f"{shards}: {found['samples']} samples, {found['tokens']} tokens of {name}, {found['images']} pictures")
+    if found["series"]:
+        points, rates = found["series_points"], found["series_rates"]
+        console.line(
+            f"{found['series']} time series: {points['shortest']} to {points['longest']} points, median {points['median']};"
+            f" {rates['lowest']:g} to {rates['highest']:g} Hz"
+        )
     kinds = [(name, counts["samples"], counts["tokens"]) for name, counts in found["kinds"].items()]
     console.table(("kind", "samples", "tokens"), kinds)
     rows = []

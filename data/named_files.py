@@ -1,4 +1,4 @@
-"""Pictures that a source names by path: nothing outside the source's folder is ever read."""
+"""Pictures and time series that a source names by path: nothing outside the source's folder is ever read."""
 
 import re
 from pathlib import Path, PurePosixPath
@@ -7,23 +7,31 @@ from moexpand.base.errors import InputError
 from moexpand.data.image_decode import DEFAULT_LIMITS, BadImage
 from moexpand.data.parts import Unusable
 
+_WORDS = {"image": "picture", "series": "series"}
 
-def picture_inside(folder: Path, name: str) -> Path:
+
+def file_inside(folder: Path, name: str, kind: str = "image") -> Path:
     """The file that a relative path names, which lies in `folder` or below, also when all links are followed.
 
+    Args:
+        folder: of the source.
+        name: the path.
+        kind: image or series.
+
     Raises:
-        Unusable: `image_outside`: it is absolute, an address or leads out of the folder; `image_missing`: there is no such file.
+        Unusable: `image_outside`: it is absolute, an address or leads out of the folder; `image_missing`: there is no such file;
+            `series_outside` and `series_missing` likewise.
     """
     relative = PurePosixPath(name)
     if relative.is_absolute() or ".." in relative.parts or re.match(r"[a-z][a-z0-9+.-]*:", name, re.I):
-        raise Unusable("image_outside", f"the picture {name[:200]!r} is not a path inside the folder of its file")
+        raise Unusable(f"{kind}_outside", f"the {_WORDS[kind]} {name[:200]!r} is not a path inside the folder of its file")
     path = folder / relative
     try:
         found = path.is_file() and path.resolve().is_relative_to(folder.resolve())
     except (OSError, ValueError, RuntimeError):  # a name that no file can have; links that go round in a circle
         found = False
     if not found:
-        raise Unusable("image_missing", f"there is no picture {name[:200]!r}")
+        raise Unusable(f"{kind}_missing", f"there is no {_WORDS[kind]} {name[:200]!r}")
     return path
 
 
