@@ -328,8 +328,8 @@ class PackedData:
                 bounds.append((i + 1) * self.seq_length)
         cu_seqlens = np.array(bounds, dtype=np.int32)
         positions = np.arange(total, dtype=np.int64) - np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens))
-        images = (np.concatenate(patches), np.array(grids, dtype=np.int64)) if patches else (None, None)
-        return MicroBatch(tokens, labels, loss_mask, positions, cu_seqlens, *images, series or None, rates or None)
+        seen, grid = (np.concatenate(patches), np.array(grids, dtype=np.int64)) if patches else (None, None)
+        return MicroBatch(tokens, labels, loss_mask, positions, cu_seqlens, seen, grid, series or None, rates or None)
 
 
 def _different(names: list[str]) -> list[str]:

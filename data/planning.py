@@ -85,8 +85,8 @@ class PackSequence:
         order: of the N samples.
         seq_length: tokens of a pack.
         seed: decides the order of the packs of a window.
-        vision: int64 [N], tokens of images and series of each sample; None where there are none. They decide which pack a sample is in and
-            not how many packs there are.
+        vision: int64 [N], tokens of images and series of each sample; None where there are none. They decide which pack a sample
+            is in and not how many packs there are.
         folder: where counts of packs are kept between runs; None, or a folder that cannot be written: they are counted again.
         fingerprint: of the lengths; None computes it.
     """

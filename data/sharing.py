@@ -1,4 +1,4 @@
-"""Which data-parallel rank computes which micro-batch: as many for each, and as equal as possible in tokens of images and series."""
+"""Which data-parallel rank computes which micro-batch: as many for each, and as level as possible in what encoders have to do."""
 
 import heapq
 

@@ -155,8 +155,8 @@ def test_every_drop_reason_is_explained() -> None:
     """Names under which the data room drops something: given to drop(), raised as Refused or returned as a reason."""
     text = (ROOT / "docs/data.md").read_text()
     patterns = (r'\.drop\("(\w+)"', r'(?:Refused|Unusable)\("(\w+)"', r'return None, "(\w+)"', r'return "(\w+)"$')
-    names = ("filters.py", "pdf.py", "units.py", "tar_index.py", "record_templates.py", "chat.py", "named_files.py", "attached.py")
-    names += ("parsed.py", "parsed_mineru.py", "parsed_docling.py")
+    names = ("filters.py", "pdf.py", "units.py", "tar_index.py", "record_templates.py", "chat.py", "named_files.py")
+    names += ("attached.py", "chat_content.py", "parsed.py", "parsed_mineru.py", "parsed_docling.py")
     files = [ROOT / "data" / name for name in names]
     found = {reason for file in files for pattern in patterns for reason in re.findall(pattern, file.read_text(), re.MULTILINE)}
     found |= {"duplicate", "encrypted", "broken", "time_limit", "memory_limit", "crashed"}
