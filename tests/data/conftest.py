@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from moexpand.data.build import BuildOptions, build_dataset
 from moexpand.data.tokens import Tokenizer, load_tokenizer
 from moexpand.data.units import ReadOptions
+from tests.data.series_maker import series_tokenizer
 
 SENTENCE = "the expert router sends each token to eight of many experts and the loss falls while 随机森林 learns α β naïve"
 WORDS = SENTENCE.split()
@@ -54,3 +55,9 @@ def folder(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def auto(folder: Path) -> Any:
     """The folder opened by transformers."""
     return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """qwen-8192 with the tokens of time series, as a Hugging Face folder."""
+    return series_tokenizer(tmp_path_factory.mktemp("series-tokens") / "tokenizer")

@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,12 +17,12 @@ from moexpand.base.series import tokens_of
 from moexpand.data.parts import SERIES_TOKENS, check_parts, encode_parts, encode_text, series_ids, text_part
 from moexpand.data.series import CHANNELS, REASONS, BadSeries, read_series, sampling_rate, series_tokens
 from moexpand.data.tokens import Tokenizer, load_tokenizer
-from tests.data.series_maker import noise, npy, series_tokenizer, standardised
+from tests.data.series_maker import noise, npy, standardised
 
 
 @pytest.fixture(scope="module")
-def with_series(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return load_tokenizer(str(series_tokenizer(tmp_path_factory.mktemp("series") / "tokenizer")))
+def with_series(tokenizer_folder: Path) -> Tokenizer:
+    return load_tokenizer(str(tokenizer_folder))
 
 
 # ------------------------------------------------------------------ what a model takes

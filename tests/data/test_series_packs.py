@@ -20,11 +20,10 @@ from moexpand.data.parts import Part
 from moexpand.data.series import sampling_rate
 from moexpand.data.shards import Sample, cached_tokenizer, write_shard
 from moexpand.data.stream import Reading
-from tests.data.series_maker import noise, npy, series_tokenizer, standardised
+from tests.data.series_maker import HEARD, hole, noise, npy, standardised
 from tests.data.test_multimodal import IMAGES, epoch, picture, pieces, words, write_set
 
 SEQ, BATCH = 256, 8
-HEARD = Reading(series=True)
 BOTH = Reading(series=True, images=IMAGES)
 
 
@@ -39,11 +38,6 @@ def write_series_set(folder: Path, samples: list[Sample], tokenizer: Path) -> Pa
 
 
 Values = dict[str, list[tuple[np.ndarray, float | None]]]
-
-
-@pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return series_tokenizer(tmp_path_factory.mktemp("tokens") / "tokenizer")
 
 
 @pytest.fixture(scope="module")
@@ -218,9 +212,7 @@ def test_a_tokenizer_without_the_tokens_is_refused_before_the_first_step(made, t
 
 def test_a_series_that_went_bad_costs_its_own_sample_and_is_named(made, tokenizer_folder, tmp_path):
     sample = made[1][2]
-    hole = noise(1, 120, 3)
-    hole[17, 2] = np.nan
-    (tmp_path / "hole.npy").write_bytes(npy(hole))
+    (tmp_path / "hole.npy").write_bytes(npy(hole()))
     series = sample.series | {"2.npy": tmp_path / "hole.npy"}
     # The index is written from headers, as others' programs might write it.
     shards = write_series_set(tmp_path / "shards", [replace(sample, series=series), *made[1][3:20]], tokenizer_folder)
