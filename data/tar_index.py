@@ -159,7 +159,10 @@ def _sample(group: _Group, text_key: str, path: Path, tokenizer: Tokenizer) -> I
                 raise Unusable(f"series_{problem.reason}", sentence) from None
     kind = meta.get("kind") if isinstance(meta.get("kind"), str) else None
     kind = kind if kind in LETTERS else "image" if images else "series" if series else "text"
-    tokens = len(encode_text(parts, tokenizer).ids)
+    try:
+        tokens = len(encode_text(parts, tokenizer).ids)
+    except InputError as error:  # markup with the place of an image or a series in it
+        raise Unusable("parts", str(error)) from None
     return IndexedSample(group.key, kind, tokens, tuple(group.members.values()), tuple(images), tuple(series))
 
 
@@ -212,8 +215,8 @@ def _named_parts(group: _Group) -> list[Part]:
 def _plain_parts(group: _Group, meta: dict[str, Any], text_key: str) -> list[Part]:
     """Pictures, then series, then the text."""
     parts: list[Part] = [{"image": name} for name in sorted(group.contents) if is_image(name)]
-    if RATE_KEY in meta:
-        names = series_members(group.arrays)
+    names = series_members(group.arrays)
+    if names and RATE_KEY in meta:
         rates = meta[RATE_KEY] if isinstance(meta[RATE_KEY], list) else [meta[RATE_KEY]] * len(names)
         if len(rates) != len(names):
             raise Unusable("series_rate", f"{RATE_KEY} has {len(rates)} numbers for {len(names)} series")

@@ -38,6 +38,7 @@ def test_series_in_tars_of_others_are_found_by_their_rate_or_their_parts(tmp_pat
     with webdataset.TarWriter(str(folder / "a.tar")) as sink:
         sink.write({"__key__": "rate", "npy": values[0], "txt": "One.", "json": {"sampling_rate": 100}})
         sink.write({"__key__": "unknown", "npy": values[1], "txt": "Unknown rate.", "json": {"sampling_rate": None}})
+        sink.write({"__key__": "sound", "flac": b"fLaC", "txt": "A sound.", "json": {"sampling_rate": [16000]}})
         sink.write({"__key__": "left", "npy": values[2], "txt": "An embedding.", "json": {"model": "x"}})
         many = {f"{i}.npy": values[i] for i in range(12)}
         rates = [float(i + 1) for i in range(12)]
@@ -50,11 +51,12 @@ def test_series_in_tars_of_others_are_found_by_their_rate_or_their_parts(tmp_pat
     before = (folder / "a.tar").read_bytes()
     summary = index(folder, tokenizer_folder)
     assert (folder / "a.tar").read_bytes() == before
-    assert (summary["samples"], summary["series"], summary["images"]) == (6, 16, 1)
-    assert summary["kinds"] == {"series": 4, "text": 1, "image": 1}
+    assert (summary["samples"], summary["series"], summary["images"]) == (7, 16, 1)
+    assert summary["kinds"] == {"series": 4, "text": 2, "image": 1}
     found = {text: (rates, [len(array) for array in series]) for text, rates, series in heard(folder)}
     assert found == {
         "One.": ([100.0], [40]), "Unknown rate.": ([41 / 4], [41]), "An embedding.": ([], []),
+        "A sound.": ([], []),
         "Many.": (rates, [40 + i for i in range(12)]), "Before  after.": ([9.0], [43]), "Both.": ([2.0], [44]),
     }  # fmt: skip
     members = set(Corpus(folder)._member_name.tolist())
@@ -93,6 +95,8 @@ def rated(values: np.ndarray, rate: bytes = b"5") -> dict[str, bytes]:
         ({"png": png(1), "parts.json": parts_json()}, "image_unplaced", "parts.json has no place for its image 'png'."),
         ({"png": b"\x89PNG", "txt": b"x"}, "image_unknown_format", "image 0 (png): "),
         ({"parts.json": parts_json({"series": "npy", "rate": "x"})}, "parts", "must have a finite number above 0 as 'rate'"),
+        ({"parts.json": parts_json({"text": "<|image_pad|>", "special": True})}, "parts", "write an image part instead."),
+        ({"parts.json": parts_json({"text": "<TS_CONTEXT>", "special": True})}, "parts", "write a series part instead."),
         ({"txt": b" "}, "empty", "its text is empty."),
         ({"png": png(1)}, "no_text", "it has neither a member txt nor a string under 'caption' of a .json."),
     ],
