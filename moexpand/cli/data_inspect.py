@@ -16,7 +16,7 @@ def run(config: DataInspectCommand) -> None:
     found = inspect_shards(config.shards)
     if config.sheet is not None:
         count = write_sheet(config.shards, Path(config.sheet), config.sheet_samples)
-        print(f"{config.sheet}: {count} pictures with their captions", file=sys.stderr)
+        print(f"{config.sheet}: {count} samples with their pictures and time series", file=sys.stderr)
     if config.format == "json":
         print(json.dumps(found, indent=2, ensure_ascii=False))
         return

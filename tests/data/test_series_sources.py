@@ -162,3 +162,18 @@ def test_a_set_without_series_says_so(corpus, tmp_path):
     assert "series_points" not in found
     with pytest.raises(InputError, match="holds no picture and no time series"):
         write_sheet(str(corpus), tmp_path / "sheet.html", 3)
+
+
+def test_a_picture_whose_pixels_are_damaged_is_named_although_its_header_is_whole(tmp_path, tokenizer_folder):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in ("a", "b"):
+        Image.effect_noise((80, 60), 60).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(f"Noise in the picture {name}.")
+    content = bytearray((folder / "b.png").read_bytes())
+    content[len(content) // 2] ^= 255
+    (folder / "b.png").write_bytes(content)
+    said: list[str] = []
+    summary = build(folder, tmp_path / "out", tokenizer_folder, said.append)
+    assert summary["stages"]["samples"]["dropped"] == {"unreadable_image": 1}
+    assert said[0] == "[1/1] photos: 2 of 2 documents; the first left out is b.png: a picture cannot be used (broken)."
