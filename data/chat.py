@@ -88,7 +88,7 @@ def chat_row(row: Mapping[str, Any], template: ChatTemplate, settings: ChatSetti
     if thinking is not None and not isinstance(thinking, bool):
         raise Unusable("enable_thinking", "it must be true, false or null")
     images = row.get("images") or ()
-    images = [images] if isinstance(images, str) else images
+    images = images if isinstance(images, list | tuple) else [images]
     series = row_series(row) if brings_series(row) else ()
     return render_chat(row.get("messages"), template, tools, thinking, images, settings.history, series)
 

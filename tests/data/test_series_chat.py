@@ -84,6 +84,7 @@ def item(**fields: object) -> dict:
             "series_rate",
             "sampling_rate has 2 numbers for 1 series",
         ),
+        (asked() | {"images": 5}, "image_count", "the row names the image 5, and no message"),
         (asked({"type": "image"}), "image_name", "an image of message 0 names no file"),
     ],
 )
