@@ -15,6 +15,6 @@ setup(
     package_data={
         "moexpand": ["py.typed"],
         "moexpand.conf": ["*/*.yaml"],
-        "moexpand.data": ["*/*.md", "*/*.txt", "*/*.pdf", "*/*.json"],
+        "moexpand.data": ["*/*.md", "*/*.txt", "*/*.pdf", "*/*.json", "*/*.model"],
     },
 )

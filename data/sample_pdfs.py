@@ -7,7 +7,6 @@ needed: packages are downloaded into a temporary folder and unpacked there.
 
 import gzip
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -15,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from moexpand.base.files import new_folder
+from moexpand.data.debian import download, private_lists, run
 
 PACKAGES = (
     "octave-doc",
@@ -33,8 +33,6 @@ PACKAGES = (
 ENOUGH_PACKAGES = 6
 """With fewer than these the samples of the repository are added."""
 TOTAL_SECONDS = 240.0
-PACKAGE_SECONDS = 60.0
-UPDATE_SECONDS = 90.0
 MIN_BYTES = 30_000
 """Smaller PDFs in packages are single plots."""
 SAMPLES = Path(__file__).parent / "samples"
@@ -83,9 +81,9 @@ def fetch_documents(folder: Path, documents: Sequence[tuple[str | None, str]], s
         for i, package in enumerate(sorted({package or "" for package, _ in documents})):
             where = Path(scratch) / str(i)
             where.mkdir()
-            if package and not _download(package, where, options or []) and options is None:
-                options = _private_lists(Path(scratch) / "apt")
-                _download(package, where, options)
+            if package and not download(package, where, options or []) and options is None:
+                options = private_lists(Path(scratch) / "apt")
+                download(package, where, options)
             for path in [path for owner, path in documents if (owner or "") == package]:
                 source = where / "root" / path if package else SAMPLES / Path(path).name
                 if not source.is_file():
@@ -113,11 +111,10 @@ def _fetch_packages(folder: Path, say: Callable[[str], None]) -> int:
                 break
             where = Path(scratch) / package
             where.mkdir()
-            done = _download(package, where, options)
+            done = download(package, where, options)
             if not done and i == 0:
-                # Fresh containers have no package lists; private ones need no rights on the system's.
-                options = _private_lists(Path(scratch) / "apt")
-                done = _download(package, where, options)
+                options = private_lists(Path(scratch) / "apt")
+                done = download(package, where, options)
                 if not done and not _knows_any(options):
                     say("apt-get cannot reach a package archive")
                     return 0
@@ -127,32 +124,9 @@ def _fetch_packages(folder: Path, say: Callable[[str], None]) -> int:
     return fetched
 
 
-def _run(command: list[str], where: Path | None, seconds: float) -> bool:
-    try:
-        return subprocess.run(command, cwd=where, capture_output=True, timeout=seconds, check=False).returncode == 0
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-
-
-def _download(package: str, where: Path, options: list[str]) -> bool:
-    if not _run(["apt-get", *options, "download", package], where, PACKAGE_SECONDS):
-        return False
-    archives = list(where.glob("*.deb"))
-    return bool(archives) and _run(["dpkg", "-x", str(archives[0]), str(where / "root")], None, PACKAGE_SECONDS)
-
-
-def _private_lists(folder: Path) -> list[str]:
-    """Options of apt-get that keep its lists in a folder of ours, after filling it."""
-    (folder / "lists" / "partial").mkdir(parents=True)
-    (folder / "cache" / "archives" / "partial").mkdir(parents=True)
-    options = ["-o", f"Dir::State::Lists={folder / 'lists'}", "-o", f"Dir::Cache={folder / 'cache'}"]
-    _run(["apt-get", *options, "update"], None, UPDATE_SECONDS)
-    return options
-
-
 def _knows_any(options: list[str]) -> bool:
     """Whether the package lists know one of the other packages."""
-    return any(_run(["apt-cache", *options, "show", package], None, 10.0) for package in PACKAGES[1:3])
+    return any(run(["apt-cache", *options, "show", package], None, 10.0) for package in PACKAGES[1:3])
 
 
 def _copy_pdfs(root: Path, folder: Path) -> int:

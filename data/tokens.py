@@ -1,14 +1,14 @@
-"""Tokenizers: Qwen's own vocabulary without any download, its 8,192-rank prefix, and the tokenizer of a Hugging Face folder.
+"""Tokenizers: Qwen's own vocabulary without any download, its 8,192-rank prefix, both with science beside them, and folders.
 
 `load_tokenizer` gives an object with `encode`, `decode`, `eos_id`, `vocab_size`, `fingerprint` and `save`. The Qwen vocabulary
 is the file `qwen.tiktoken` that the PyPI package `dashscope` carries (Apache-2.0); the package's code is never imported. The
-first 8,192 ranks of a byte-pair encoding are a valid byte-pair encoding of their own: that is `qwen-8192`.
+first 8,192 ranks of a byte-pair encoding are a valid byte-pair encoding of their own: that is `qwen-8192`. `qwen-science` and
+`qwen-8192-science` write what stands between tags in vocabularies of its own; see `spans`.
 
 Text is always plain text here: "<|endoftext|>" in a document becomes the tokens of these characters, never the special token.
 """
 
 import base64
-import hashlib
 import importlib.util
 import json
 import unicodedata
@@ -21,6 +21,9 @@ import tokenizers
 
 from moexpand.base.errors import InputError
 from moexpand.base.files import read_json, sha256
+from moexpand.data.fingerprint import PROBE, fingerprint
+from moexpand.data.science_tokenizer import SPECIALS, ScienceTokenizer
+from moexpand.data.spans import SpanTokenizer, domains_of, model_files
 from moexpand.data.tokens_save import byte_level_name, save_qwen
 
 DASHSCOPE = "dashscope==2.0.2"
@@ -30,6 +33,10 @@ QWEN_PADDED = 151936
 """Rows of the embedding in Qwen3's configurations; 151,669 of them are tokens."""
 SMALL_RANKS = 8192
 SMALL_PADDED = 8448
+SCIENCE_PADDED = 155008
+"""Rows of the embedding in Intern-S1-Pro's configuration; 154,766 of them are tokens."""
+SMALL_SCIENCE_PADDED = 11392
+NAMES = ("qwen", "qwen-8192", "qwen-science", "qwen-8192-science")
 END_OF_TEXT = "<|endoftext|>"
 QWEN_SPECIALS = (
     END_OF_TEXT,
@@ -60,11 +67,6 @@ QWEN_SPECIALS = (
     "</think>",
 )
 QWEN_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-PROBE = (
-    "Don't  merge\r\n\tthis: x_1 = 3.14159; naïve café, 第３图 显示了结果。"
-    " def f(a, b):\n        return a[0] != {b: 'µ'}\n\n\n<|x|>"
-)
-"""Text whose ids enter a fingerprint: two tokenizers of one vocabulary that split text differently must not look alike."""
 
 
 class Tokenizer(Protocol):
@@ -98,21 +100,29 @@ def load_tokenizer(name_or_folder: str) -> Tokenizer:
     """Load a tokenizer.
 
     Args:
-        name_or_folder: `qwen` (the full vocabulary), `qwen-8192` (its first 8,192 ranks) or a folder with a tokenizer.json.
+        name_or_folder: `qwen` (the full vocabulary), `qwen-8192` (its first 8,192 ranks), either with `-science`, or a folder
+            with a tokenizer.json, and tokenizer_DOMAIN.model beside it if it has such.
 
     Raises:
-        InputError: no such name or folder, or the package that carries the Qwen vocabulary is missing or altered.
+        InputError: no such name or folder, files that are damaged or do not belong together, or the package that carries the Qwen
+            vocabulary is missing or altered.
     """
     if name_or_folder == "qwen":
         return QwenTokenizer("qwen", QWEN_RANKS, QWEN_PADDED)
     if name_or_folder == "qwen-8192":
         return QwenTokenizer("qwen-8192", SMALL_RANKS, SMALL_PADDED)
+    if name_or_folder == "qwen-science":
+        return ScienceTokenizer(QwenTokenizer("qwen-science", QWEN_RANKS, QWEN_PADDED, SPECIALS), SCIENCE_PADDED)
+    if name_or_folder == "qwen-8192-science":
+        return ScienceTokenizer(QwenTokenizer("qwen-8192-science", SMALL_RANKS, SMALL_PADDED, SPECIALS), SMALL_SCIENCE_PADDED)
     folder = Path(name_or_folder)
     if not (folder / "tokenizer.json").is_file():
+        *names, last = map(repr, NAMES)
         raise InputError(
-            f"The tokenizer {name_or_folder!r} is neither 'qwen' nor 'qwen-8192' nor a folder that holds a tokenizer.json."
+            f"The tokenizer {name_or_folder!r} is neither {', '.join(names)} or {last} nor a folder that holds a tokenizer.json."
         )
-    return FolderTokenizer(folder)
+    base = FolderTokenizer(folder)
+    return SpanTokenizer(base, domains_of(folder)) if model_files(folder) else base
 
 
 class QwenTokenizer:
@@ -120,30 +130,38 @@ class QwenTokenizer:
 
     stripping: frozenset[str] = frozenset()
 
-    def __init__(self, name: str, ranks: int, vocab_size: int) -> None:
+    def __init__(self, name: str, ranks: int, vocab_size: int, further: tuple[str, ...] = ()) -> None:
         # tiktoken is imported here so that a folder's tokenizer works without it.
         import tiktoken
 
         self.name = name
         self.vocab_size = vocab_size
         self.ranks = {token: rank for token, rank in _qwen_ranks().items() if rank < ranks}
-        self.specials = {token: ranks + i for i, token in enumerate(QWEN_SPECIALS)}
+        self.specials = {token: ranks + i for i, token in enumerate((*QWEN_SPECIALS, *further))}
         self.eos_id = self.specials[END_OF_TEXT]
         self._encoding = tiktoken.Encoding(name, pat_str=QWEN_PATTERN, mergeable_ranks=self.ranks, special_tokens=self.specials)
 
+    def normalize(self, text: str) -> str:
+        """`text` in NFC, as Qwen's tokenizers read it."""
+        return unicodedata.normalize("NFC", text)
+
     def encode(self, text: str) -> list[int]:
-        """Ids of `text` after NFC normalisation, as Qwen's tokenizers do; the names of special tokens are plain text."""
-        return self._encoding.encode_ordinary(unicodedata.normalize("NFC", text))
+        """Ids of `text` after NFC normalisation; the names of special tokens are plain text."""
+        return self._encoding.encode_ordinary(self.normalize(text))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD."""
         return self._encoding.decode(list(ids))
 
     @cached_property
+    def vocabulary(self) -> dict[str, int]:
+        """Every token -> id; ordinary ones as byte-level BPE files write them."""
+        return {byte_level_name(token): rank for token, rank in self.ranks.items()} | self.specials
+
+    @cached_property
     def fingerprint(self) -> str:
         """See `Tokenizer.fingerprint`."""
-        names = {byte_level_name(token): rank for token, rank in self.ranks.items()}
-        return _fingerprint(names | self.specials, self.encode(PROBE))
+        return fingerprint(self.vocabulary, self.encode(PROBE))
 
     def save(self, folder: Path) -> None:
         """See `Tokenizer.save`."""
@@ -165,13 +183,13 @@ class FolderTokenizer:
             )
         except Exception as error:  # `tokenizers` raises bare Exception for every flaw of the file
             raise InputError(f"{folder / 'tokenizer.json'} is not a tokenizer that `tokenizers` can read: {error}.") from None
-        self._vocabulary: dict[str, int] = self._full.get_vocab(with_added_tokens=True)
+        self.vocabulary: dict[str, int] = self._full.get_vocab(with_added_tokens=True)
         added = [(token.content, number, token) for number, token in self._full.get_added_tokens_decoder().items()]
         self.specials = {content: number for content, number, _ in added}
         self.stripping = frozenset(name for name, _, token in added if token.lstrip or token.rstrip or token.single_word)
         settings = _optional_json(folder / "config.json")
         settings = settings.get("text_config", settings)
-        self.vocab_size = max(int(settings.get("vocab_size", 0)), max(self._vocabulary.values()) + 1)
+        self.vocab_size = max(int(settings.get("vocab_size", 0)), max(self.vocabulary.values()) + 1)
         self.eos_id = self._find_eos(settings)
 
     def _find_eos(self, settings: dict) -> int:
@@ -179,14 +197,18 @@ class FolderTokenizer:
         named = _optional_json(self._folder / "tokenizer_config.json").get("eos_token")
         named = named.get("content") if isinstance(named, dict) else named
         for token in (END_OF_TEXT, named):
-            if token in self._vocabulary:
-                return self._vocabulary[token]
+            if token in self.vocabulary:
+                return self.vocabulary[token]
         configured = settings.get("eos_token_id")
         if isinstance(configured, list):
             configured = configured[0] if configured else None
         if not isinstance(configured, int):
             raise InputError(f"{self._folder} names no end-of-text token; add eos_token to its tokenizer_config.json.")
         return configured
+
+    def normalize(self, text: str) -> str:
+        """`text` as the file's normaliser makes it."""
+        return text if self._plain.normalizer is None else self._plain.normalizer.normalize_str(text)
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; the names of special tokens are plain text."""
@@ -199,25 +221,17 @@ class FolderTokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """See `Tokenizer.fingerprint`."""
-        return _fingerprint(self._vocabulary, self.encode(PROBE))
+        return fingerprint(self.vocabulary, self.encode(PROBE))
 
     def save(self, folder: Path) -> None:
         """Copy the tokenizer's files as they are."""
-        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
-            if (self._folder / name).is_file():
-                (Path(folder) / name).write_bytes((self._folder / name).read_bytes())
+        names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "tokenization_*.py")
+        for file in sorted(file for name in names for file in self._folder.glob(name) if file.is_file()):
+            (Path(folder) / file.name).write_bytes(file.read_bytes())
 
 
 def _optional_json(path: Path) -> dict:
     return read_json(path) if path.is_file() else {}
-
-
-def _fingerprint(vocabulary: dict[str, int], probe_ids: list[int]) -> str:
-    digest = hashlib.sha256()
-    for token, number in sorted(vocabulary.items(), key=lambda item: (item[1], item[0])):
-        digest.update(f"{number}\0{token}\0".encode())
-    digest.update(json.dumps(probe_ids).encode())
-    return digest.hexdigest()
 
 
 @lru_cache(maxsize=1)
