@@ -117,9 +117,8 @@ def load_tokenizer(name_or_folder: str) -> Tokenizer:
         return ScienceTokenizer(QwenTokenizer("qwen-8192-science", SMALL_RANKS, SMALL_PADDED, SPECIALS), SMALL_SCIENCE_PADDED)
     folder = Path(name_or_folder)
     if not (folder / "tokenizer.json").is_file():
-        *names, last = map(repr, NAMES)
         raise InputError(
-            f"The tokenizer {name_or_folder!r} is neither {', '.join(names)} or {last} nor a folder that holds a tokenizer.json."
+            f"The tokenizer {name_or_folder!r} is not one of {', '.join(NAMES)}, and no folder that holds a tokenizer.json."
         )
     base = FolderTokenizer(folder)
     return SpanTokenizer(base, domains_of(folder)) if model_files(folder) else base

@@ -90,7 +90,7 @@ def test_missing_vocabulary_names_the_pip_command(monkeypatch):
 
 
 def test_unknown_name_and_broken_file_are_input_errors(tmp_path):
-    with pytest.raises(InputError, match="neither 'qwen' nor 'qwen-8192'"):
+    with pytest.raises(InputError, match="is not one of qwen, qwen-8192, qwen-science, qwen-8192-science, and no folder"):
         load_tokenizer("qwen-9")
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "nonsense"}}))
     with pytest.raises(InputError, match=r"tokenizer\.json is not a tokenizer"):
