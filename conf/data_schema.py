@@ -6,6 +6,8 @@ from omegaconf import MISSING
 
 from moexpand.conf.fields import key, part, words
 
+TOKENIZERS = "qwen, qwen-8192, qwen-science, qwen-8192-science or a Hugging Face folder"
+
 # ---------------------------------------------------------------- training
 
 
@@ -21,13 +23,13 @@ class Pictures:
 @dataclass
 class CalibrateData(Pictures):
     shards: str = key(MISSING, "folder written by `moexpand data build`")
-    tokenizer: str | None = key(None, "qwen, qwen-8192 or a Hugging Face folder; not given: the one the shards were indexed with")
+    tokenizer: str | None = key(None, TOKENIZERS + "; not given: the one the shards were indexed with")
 
 
 @dataclass
 class Data(Pictures):
     shards: str = key(MISSING, "folder or address written by `moexpand data build` or `data index`, or a YAML file of several")
-    tokenizer: str | None = key(None, "qwen, qwen-8192 or a Hugging Face folder; not given: the one the shards were indexed with")
+    tokenizer: str | None = key(None, TOKENIZERS + "; not given: the one the shards were indexed with")
     held_out: float = key(0.05, "fraction of the samples kept for evaluation", within="[0, 1)")
     max_bad_fraction: float = key(0.0, "largest fraction of unreadable samples before the run stops", within="[0, 1]")
     shuffle: str = key("samples", "samples: over everything; shards: whole shards (for remote storage)", ("samples", "shards"))
@@ -102,7 +104,7 @@ class DataBuildCommand:
     )
     out: str = key(MISSING, "folder to write; must not exist; a build that was stopped goes on")
     workers: int = key(0, "processes; 0 takes one a core", within="[0, inf)")
-    tokenizer: str = key("qwen", "qwen, qwen-8192 or a Hugging Face folder")
+    tokenizer: str = key("qwen", TOKENIZERS)
     shard_samples: int = key(512, "samples of a tar file", within="[1, inf)")
     sample_characters: int = key(6000, "a text sample is cut at the paragraph that passes this length", within="[1, inf)")
     text_key: str = key("text", "column of jsonl, CSV and parquet that holds text")
@@ -126,7 +128,7 @@ class DataIndexCommand:
     """Index webdataset or energon tars in place."""
 
     shards: str = key(MISSING, "folder of tars")
-    tokenizer: str = key("qwen", "qwen, qwen-8192 or a Hugging Face folder")
+    tokenizer: str = key("qwen", TOKENIZERS)
     text_key: str = key("text", "key of the .json members that holds the text, in samples without a .txt member")
     workers: int = key(0, "processes; 0 takes one a core", within="[0, inf)")
     max_bad_fraction: float = key(0.0, "largest fraction of samples that may be unusable", within="[0, 1]")
