@@ -13,12 +13,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from moexpand.base.errors import InputError
 from moexpand.data.span_training import fetch, split
 from moexpand.data.spans import SpanTokenizer
 from moexpand.data.tokens import load_tokenizer
 
 ROUNDS = 7
-WORDS = "the expert router sends each token to eight of many experts and the loss falls while 随机森林 learns α β naïve".split()
+SENTENCE = "the expert router sends each token to eight of many experts and the loss falls while 随机森林 learns α β naïve"
 
 
 def held_out(folder: Path | None) -> dict[str, list[str]]:
@@ -44,7 +45,11 @@ def main() -> None:
     print(", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("sentencepiece", "tiktoken")))
     science, qwen = load_tokenizer("qwen-science"), load_tokenizer("qwen")
     assert isinstance(science, SpanTokenizer)
-    found = held_out(Path(sys.argv[1]) if len(sys.argv) > 1 else None)
+    try:
+        found = held_out(Path(sys.argv[1]) if len(sys.argv) > 1 else None)
+    except InputError as error:
+        print(f"Nothing was measured: {error}")
+        return
     for domain in science.domains:
         lines = found[domain.name]
         characters = sum(map(len, lines))
@@ -55,7 +60,7 @@ def main() -> None:
             f"plain Qwen {characters / plain:.2f}: {own / plain:.0%} of the tokens"
         )
     words = random.Random(0)
-    text = " ".join(words.choices(WORDS, k=200_000))
+    text = " ".join(words.choices(SENTENCE.split(), k=200_000))
     tagged = "".join(f"It is <protein>{line}</protein>. " for line in found["PROT"])
     for name, what in (("text without tags", text), ("tagged proteins", tagged)):
         rates = [len(what) / seconds(tokenizer.encode, what) / 1e6 for tokenizer in (science, qwen)]

@@ -191,14 +191,16 @@ def domains_of(folder: Path) -> list[Domain]:
 
 
 def _check_apart(base: Base, domains: Sequence[Domain]) -> None:
-    end, before = max(base.vocabulary.values()) + 1, f"the tokens of {base.name}"
+    owners = {number: (token, base.name) for token, number in base.vocabulary.items()}
     for domain in domains:
-        if domain.offset < end:
-            raise InputError(
-                f"{domain.origin} has ids from {domain.offset} on, and {before} reach to {end - 1}: "
-                "these files do not belong to one tokenizer."
-            )
-        end, before = domain.ids.stop, f"the {len(domain.ids):,} pieces of {domain.origin}"
+        for place, number in enumerate(domain.ids):
+            if number in owners:
+                token, where = owners[number]
+                raise InputError(
+                    f"Id {number} is {token!r} of {where} and {domain.token(place)!r} of {domain.origin}: these files do not "
+                    "belong to one tokenizer, or an offset in its Python code is wrong; copy the folder anew."
+                )
+            owners[number] = (domain.token(place), domain.origin)
 
 
 def _sentencepiece() -> Any:

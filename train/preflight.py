@@ -144,8 +144,8 @@ def check_vocabulary(data: PackedData, shards: str, architecture: Architecture) 
     if data.vocab_size > architecture.vocab_size:
         raise InputError(
             f"The tokenizer of {shards} has {data.vocab_size:,} tokens and the model "
-            f"{architecture.vocab_size:,}; build the shards with the model's own tokenizer, or give the model the rows of this one "
-            f"with moexpand upcycle tokenizer=FOLDER vocab_size={data.vocab_size}."
+            f"{architecture.vocab_size:,}; build the shards with the model's own tokenizer, or give the model "
+            f"this one's rows with moexpand upcycle tokenizer=FOLDER vocab_size={data.vocab_size}."
         )
 
 

@@ -142,10 +142,10 @@ def _move_into_the_text(folder: Path) -> None:
         ),
         (
             _grow,
-            r"tokenizer_XNA\.model has ids from 10291 on, and the 1,025 pieces of .*tokenizer_PROT\.model reach to 10291: "
-            r"these files do not belong to one tokenizer\.$",
+            r"^Id 10291 is '<\|PROT_WWW\|>' of .*tokenizer_PROT\.model and '<\|XNA_<unk>\|>' of .*tokenizer_XNA\.model: these "
+            r"files do not belong to one tokenizer, or an offset in its Python code is wrong; copy the folder anew\.$",
         ),
-        (_move_into_the_text, r"tokenizer_SMILES\.model has ids from 8242 on, and the tokens of .* reach to 8242: "),
+        (_move_into_the_text, r"^Id 8242 is '<\|reserved_11\|>' of .* and '<\|SMILES_<unk>\|>' of "),
     ],
     ids=["damaged", "empty", "no offsets", "too many pieces", "over the text's tokens"],
 )
