@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from moexpand.base.errors import InputError
 from moexpand.data.spans import TAGS, SpanTokenizer
 from moexpand.data.tokens import Tokenizer, load_tokenizer
+from tests.data.conftest import write_jsonl
 from tests.data.sequences import TAGGED, in_a_text
 from tests.data.test_tokens import TEXTS
 
@@ -168,3 +169,24 @@ def test_a_domain_without_tags_has_ids_and_no_spans(folder: Path, tmp_path: Path
     assert tokenizer.vocab_size == 21024
     assert max(tokenizer.encode("<dna>ACGT</dna>")) < 8192
     assert tokenizer.decode([20001, 20002]) != ""
+
+
+@pytest.mark.parametrize("command", ["build", "index"])
+def test_data_commands_name_a_damaged_model_before_they_write(
+    command: str, folder: Path, tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from moexpand.cli import main
+
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    _damage(copy)
+    rows = write_jsonl(tmp_path / "rows.jsonl", 2)
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    shutil.copyfile(next(corpus.glob("*.tar")), tars / "shard-000000.tar")
+    words = {"build": [f"sources=[{rows}]", f"out={tmp_path / 'out'}"], "index": [f"shards={tars}"]}[command]
+    code = main(["data", command, *words, f"tokenizer={copy}"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert code == 2
+    assert f"{copy}/tokenizer_PROT.model is not a SentencePiece model" in line
+    assert not (tmp_path / "out").exists()
+    assert [file.name for file in tars.iterdir()] == ["shard-000000.tar"]
