@@ -201,4 +201,8 @@ def main(target: Path, say: Callable[[str], None]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), print)
+    try:
+        main(Path(sys.argv[1]), print)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -105,3 +105,8 @@ def test_end_of_text_and_vocabulary_of_a_folder_come_from_its_files(tmp_path):
     spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] != "<|endoftext|>"]
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     assert load_tokenizer(str(tmp_path)).eos_id == 5
+
+
+@pytest.mark.parametrize(("name", "begins"), [("qwen", "5e28a2988304f625"), ("qwen-8192", "252b45f2b9e4c632")])
+def test_fingerprints_stay_as_indexes_and_checkpoints_hold_them(name, begins):
+    assert load_tokenizer(name).fingerprint.startswith(begins)
