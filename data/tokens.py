@@ -34,7 +34,7 @@ QWEN_PADDED = 151936
 SMALL_RANKS = 8192
 SMALL_PADDED = 8448
 SCIENCE_PADDED = 155008
-"""Rows of the embedding in Intern-S1-Pro's configuration; 154,766 of them are tokens."""
+"""Rows of the embedding in Intern-S1-Pro's configuration; 154,766 of them are tokens here."""
 SMALL_SCIENCE_PADDED = 11392
 NAMES = ("qwen", "qwen-8192", "qwen-science", "qwen-8192-science")
 END_OF_TEXT = "<|endoftext|>"
