@@ -1,7 +1,7 @@
 """Features of pictures and of time series take the places of their tokens behind the embedding, on the first pipeline stage.
 
 The ranks that share a stream (tensor and context parallel) share out its pictures and its series, compute their features and
-gather them, and each keeps those that stand at its own tokens. DeepStack adds further features to the outputs of the first layers.
+gather them, and each keeps those that stand at its own tokens. DeepStack adds further features to the outputs of first layers.
 
 Legend: t tokens of this rank, n features of the whole stream, r features at this rank's tokens, D DeepStack layers, H hidden.
 """

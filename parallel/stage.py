@@ -1,7 +1,8 @@
 """A pipeline stage: Megatron-Core's GPTModel with positions, pictures, time series and a loss of our own.
 
-Queries and keys are turned by tables that are made once a micro-batch (rotary.py), features of pictures and series take their
-tokens' places behind the embedding (fusion.py), and the last part turns hidden states into a loss without keeping logits (head.py).
+Queries and keys are turned by tables that are made once a micro-batch (rotary.py), features of pictures and series take
+their tokens' places behind the embedding (fusion.py), and the last part turns hidden states into a loss without keeping logits
+(head.py).
 """
 
 from typing import Any

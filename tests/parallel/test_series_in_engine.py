@@ -1,6 +1,7 @@
 """Features of time series in a decoder: logits and gradients are transformers' with the features in their places, every layout
 equals one rank."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -122,9 +123,7 @@ def _transformers(kept: Kept) -> tuple[Any, TimeSeriesEncoder, list[torch.Tensor
             features = torch.cat(encoder([torch.from_numpy(each) for each in micro.series], micro.rates))
             hidden = hidden.masked_scatter((tokens == SERIES)[:, None], features)
         bounds = micro.cu_seqlens.tolist()
-        pieces = [
-            model(inputs_embeds=hidden[None, start:stop]).logits[0] for start, stop in zip(bounds, bounds[1:], strict=False)
-        ]
+        pieces = [model(inputs_embeds=hidden[None, start:stop]).logits[0] for start, stop in pairwise(bounds)]
         logits.append(torch.cat(pieces))
     return model, encoder, logits
 
