@@ -77,10 +77,11 @@ def micros() -> list[SeriesMicro]:
 
 @pytest.fixture(scope="module")
 def kept(parent: Path) -> Kept:
+    hidden = runs.shape_of(parent).hidden_size
     shape = TimeSeriesShape(
         d_model=32, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=48, max_source_positions=6, num_mel_bins=10,
-        ts_adapt_in_dim=32, ts_hidden_dim=24, out_hidden_size=runs.shape_of(parent).hidden_size, ts_token_id=SERIES, patch_heads=4,
-        patch_ffn_dim=40, longest_patch=400,
+        ts_adapt_in_dim=32, ts_hidden_dim=24, out_hidden_size=hidden, ts_token_id=SERIES, patch_heads=4, patch_ffn_dim=40,
+        longest_patch=400,
     )  # fmt: skip
     torch.manual_seed(0)
     encoder = TimeSeriesEncoder(shape)
