@@ -1,7 +1,7 @@
 """Settings of a vision tower that cannot work with each other, the model or the layout; see check.py."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from moexpand.base.errors import InputError
 from moexpand.conf.fields import changed
@@ -67,3 +67,16 @@ def check_deepstack(parallel: Parallel, tower: Tower | None, layers: int) -> Non
             f"parallel.interleave={parallel.interleave} the first part has {first}; choose smaller ones, or "
             f"parallel.first_layers={deep} or more."
         )
+
+
+def check_time_series(config: TrainCommand, encoder: Any) -> None:
+    """Check how an encoder of time series learns, for a model that has this one or none.
+
+    Raises:
+        InputError: the first setting that has no effect.
+    """
+    given = changed(config.time_series, "time_series")
+    if encoder is None and given:
+        raise InputError(f"{given[0]} is for a model with an encoder of time series and this one has none.")
+    if config.time_series.freeze and config.time_series.lr != 1.0:
+        raise InputError(f"time_series.lr={config.time_series.lr} has no effect with time_series.freeze=true; leave one out.")

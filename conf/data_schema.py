@@ -21,13 +21,22 @@ class Pictures:
 
 
 @dataclass
-class CalibrateData(Pictures):
+class Seen(Pictures):
+    """Pictures, and time series."""
+
+    time_series: str = key(
+        "auto", "auto: time series are read where the model has an encoder; off: their text alone", ("auto", "off")
+    )
+
+
+@dataclass
+class CalibrateData(Seen):
     shards: str = key(MISSING, "folder written by `moexpand data build`")
     tokenizer: str | None = key(None, TOKENIZERS + "; not given: the one the shards were indexed with")
 
 
 @dataclass
-class Data(Pictures):
+class Data(Seen):
     shards: str = key(MISSING, "folder or address written by `moexpand data build` or `data index`, or a YAML file of several")
     tokenizer: str | None = key(None, TOKENIZERS + "; not given: the one the shards were indexed with")
     held_out: float = key(0.05, "fraction of the samples kept for evaluation", within="[0, 1)")

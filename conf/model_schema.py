@@ -23,6 +23,28 @@ class VisionModel:
 
 
 @dataclass
+class TimeSeriesModel:
+    """The time-series encoder of a fresh interns1_pro; a checkpoint's own config.json replaces it."""
+
+    d_model: int = key(1024, "width of the encoder", within="[1, inf)")
+    encoder_layers: int = key(17, "its layers", within="[1, inf)")
+    encoder_attention_heads: int = key(16, "its attention heads", within="[1, inf)")
+    encoder_ffn_dim: int = key(4096, "width inside a layer's perceptron", within="[1, inf)")
+    max_source_positions: int = key(1500, "learned positions; later ones are 0", within="[1, inf)")
+    num_mel_bins: int = key(80, "width of what the encoder takes", within="[1, inf)")
+    ts_adapt_in_dim: int = key(256, "twice the width in which a patch's points are encoded", within="[4, inf)")
+    ts_hidden_dim: int = key(1024, "width of what the projector takes", within="[1, inf)")
+    patch_heads: int = key(8, "attention heads within a patch", within="[1, inf)")
+    patch_ffn_dim: int = key(2048, "width inside the perceptron within a patch", within="[1, inf)")
+    ts_token_id: int = key(151_685, "the token that holds a series' place: the tokenizer's <TS_CONTEXT>", within="[0, inf)")
+
+
+@dataclass
+class FreshTimeSeries(TimeSeriesModel):
+    use: bool = key(False, "the model has a time-series encoder")
+
+
+@dataclass
 class Model:
     """Shape of a model trained from scratch; a checkpoint has its own in config.json."""
 
@@ -53,3 +75,4 @@ class Model:
     tie_word_embeddings: bool = key(False, "the head shares the embedding's weights")
     initializer_range: float = key(0.02, "standard deviation of fresh weights", within="(0, inf)")
     vision: VisionModel = part(VisionModel, "the vision tower, of families that have one")
+    time_series: FreshTimeSeries = part(FreshTimeSeries, "the encoder of time series (interns1_pro)")

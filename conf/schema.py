@@ -9,7 +9,7 @@ from omegaconf import MISSING
 
 from moexpand.conf.data_schema import CalibrateData, Data, DataBuildCommand, DataIndexCommand, DataInspectCommand
 from moexpand.conf.fields import key, part, words
-from moexpand.conf.model_schema import Model, VisionModel
+from moexpand.conf.model_schema import Model, TimeSeriesModel, VisionModel
 
 PLACEMENTS = (
     "quarters_spread",
@@ -82,6 +82,12 @@ class Vision:
     tower_lr: float = key(1.0, "learning rate of the tower over that of the decoder", within="[0, inf)")
     projector_lr: float = key(1.0, "learning rate of the projector over that of the decoder", within="[0, inf)")
     warmup_steps: int = key(0, "first steps, in which tower and projector alone learn and the decoder stays", within="[0, inf)")
+
+
+@dataclass
+class TimeSeries:
+    freeze: bool = key(False, "keep the encoder's weights")
+    lr: float = key(1.0, "learning rate of the encoder over that of the decoder", within="[0, inf)")
 
 
 @dataclass
@@ -165,6 +171,7 @@ class TrainCommand:
     router: Router = part(Router, "how the routers learn")
     balance: Balance = part(Balance, "auxiliary losses")
     vision: Vision = part(Vision, "how a vision tower learns")
+    time_series: TimeSeries = part(TimeSeries, "how an encoder of time series learns")
     parallel: Parallel = part(Parallel, "layout over ranks")
     data: Data = part(Data, "shards")
     precision: Precision = part(Precision, "number formats")
@@ -255,6 +262,8 @@ class ConvertCommand:
     )
     tower: str = key("same", "same, or fresh: a new vision tower of the sizes in `vision`", ("same", "fresh"))
     vision: VisionModel = part(VisionModel, "sizes of a fresh tower")
+    encoder: str = key("same", "time series: same, none, or fresh of the sizes in `time_series`", ("same", "none", "fresh"))
+    time_series: TimeSeriesModel = part(TimeSeriesModel, "sizes of a fresh encoder of time series")
     seed: int = key(0, "seed of fresh tables and towers", within="[0, 4294967295]")
     measure: Measure = part(Measure, "what the conversion costs at step 0")
     processes: int = key(1, "workers on this machine, for measuring", within="[1, inf)")

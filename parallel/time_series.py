@@ -38,7 +38,7 @@ class Series:
 
 
 class PatchPositions(Module):
-    """Sines and cosines of a point's place in its patch, added; a buffer of the checkpoint."""
+    """Sines and cosines of a point's place in its patch, added."""
 
     pe: torch.Tensor
 
@@ -48,7 +48,7 @@ class PatchPositions(Module):
         exponents = torch.arange(0, width, 2, dtype=wide) * (-math.log(10_000.0) / width)
         angles = torch.arange(longest, dtype=wide)[:, None] * exponents.exp()
         table = torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)
-        self.register_buffer("pe", table[:, None].to(dtype))
+        self.register_buffer("pe", table[:, None].to(dtype), persistent=False)
 
     def forward(self, x_BWD: torch.Tensor) -> torch.Tensor:
         """[B, W, D] to [B, W, D]."""

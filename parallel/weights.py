@@ -70,8 +70,6 @@ def _stage_parts(model: Stage, shape: ModelShape, view: View) -> Iterator[Part]:
     if model.time_series is not None:
         for name, parameter in model.time_series.named_parameters():
             yield Part(f"model.time_series.{name}", tuple(parameter.shape), view(parameter))
-        for name, buffer in model.time_series.named_buffers() if view is values else ():
-            yield Part(f"model.time_series.{name}", tuple(buffer.shape), buffer)
     if model.pre_process:
         yield Part(embedding, (vocab, hidden), view(model.embedding.word_embeddings.weight), vocab_rows)
     if view is values:

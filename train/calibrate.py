@@ -24,8 +24,8 @@ from moexpand.conf.schema import CalibrateCommand
 from moexpand.data.loader import PackedData
 from moexpand.data.stream import Reading
 from moexpand.train.display import Display
-from moexpand.train.preflight import check_pictures, check_vocabulary, open_supported
-from moexpand.train.run_pictures import image_settings
+from moexpand.train.preflight import check_places, check_vocabulary, open_supported
+from moexpand.train.run_pictures import hears, image_settings
 from moexpand.train.worker import work
 from moexpand.upcycle.calibration import Origin, write_calibration
 from moexpand.upcycle.checkpoint import Checkpoint
@@ -75,11 +75,13 @@ def check(config: CalibrateCommand, world_size: int) -> Job:
         tokenizer=config.data.tokenizer,
         # Every token is routed, whatever is trained on.
         reading=Reading(
-            answers_only=False, images=image_settings(config.data, checkpoint.architecture.vision, config.checkpoint)
+            answers_only=False,
+            images=image_settings(config.data, checkpoint.architecture.vision, config.checkpoint),
+            series=hears(config.data, checkpoint.architecture.time_series is not None),
         ),
     )
     check_vocabulary(data, config.data.shards, checkpoint.architecture)
-    check_pictures(data, config.data.shards, checkpoint.architecture)
+    check_places(data, config.data.shards, checkpoint.architecture)
     loss_tokens = data.loss_tokens()
     available = int(loss_tokens.sum())
     if not available:

@@ -4,13 +4,15 @@ from dataclasses import fields
 
 from moexpand.base.errors import InputError
 from moexpand.conf.fields import changed
-from moexpand.conf.model_schema import FAMILIES, Model, VisionModel
-from moexpand.upcycle.architecture import Architecture, VisionArchitecture
+from moexpand.conf.model_schema import FAMILIES, Model, TimeSeriesModel, VisionModel
+from moexpand.upcycle.architecture import Architecture, TimeSeriesArchitecture, VisionArchitecture
 from moexpand.upcycle.positions import fope_frequencies
+from moexpand.upcycle.series_encoder import check_encoder
 
 OWN = {
     "vision.deepstack_visual_indexes": ("qwen3_vl_moe",),
     "vision": ("qwen3_vl_moe", "interns1_pro"),
+    "time_series": ("interns1_pro",),
     "mrope_section": ("qwen3_vl_moe",),
     "fope_init_factor": ("interns1_pro",),
     "fope_sep_head": ("interns1_pro",),
@@ -26,7 +28,8 @@ def fresh_architecture(model: Model) -> Architecture:
     """
     _refuse_keys_of_others(model)
     known = {field.name for field in fields(Architecture)}
-    own = {field.name: getattr(model, field.name) for field in fields(model) if field.name in known and field.name != "vision"}
+    parts = ("vision", "time_series")
+    own = {field.name: getattr(model, field.name) for field in fields(model) if field.name in known and field.name not in parts}
     own |= {"model_type": model.family, "mrope_section": _mrope_section(model)}
     if model.family != "qwen3_moe" and not model.norm_topk_prob:
         raise InputError(f"model.norm_topk_prob=false is for qwen3_moe; model.family={model.family} always normalises.")
@@ -34,7 +37,13 @@ def fresh_architecture(model: Model) -> Architecture:
         return Architecture(**(own | {"fope_init_factor": 0.0}), vision=_vision(model))
     rules = {"fope_sep_head": model.fope_sep_head}
     kept = fope_frequencies(rules, model.rope_theta, model.max_position_embeddings, model.head_dim, "model")
-    return Architecture(**own, fope_frequencies=kept, fope_by_head=model.fope_sep_head, vision=_vision(model))
+    return Architecture(
+        **own,
+        fope_frequencies=kept,
+        fope_by_head=model.fope_sep_head,
+        vision=_vision(model),
+        time_series=_time_series(model),
+    )
 
 
 def _refuse_keys_of_others(model: Model) -> None:
@@ -69,6 +78,34 @@ def _vision(model: Model) -> VisionArchitecture | None:
     deepstack = model.family == "qwen3_vl_moe"
     token = model.vision.image_token_id
     return fresh_tower(model.vision, model.hidden_size, model.num_hidden_layers, deepstack, token, model.vocab_size)
+
+
+def _time_series(model: Model) -> TimeSeriesArchitecture | None:
+    if model.time_series.use:
+        return fresh_encoder(model.time_series, model.hidden_size, model.vocab_size, "model.time_series")
+    for given in changed(model.time_series, "model.time_series"):
+        raise InputError(f"{given} is the size of an encoder of time series; give model.time_series.use=true, or leave it out.")
+    return None
+
+
+def fresh_encoder(heard: TimeSeriesModel, hidden_size: int, vocab_size: int, key: str) -> TimeSeriesArchitecture:
+    """An encoder of time series for a decoder of this width.
+
+    Args:
+        key: where the sizes come from.
+
+    Raises:
+        InputError: sizes that cannot be, or a token outside the vocabulary.
+    """
+    if heard.ts_token_id >= vocab_size:
+        raise InputError(
+            f"{key}.ts_token_id={heard.ts_token_id} is outside the vocabulary of {vocab_size:,} tokens; give that of the "
+            "tokenizer's <TS_CONTEXT>."
+        )
+    sizes = {field.name: getattr(heard, field.name) for field in fields(TimeSeriesModel)}
+    encoder = TimeSeriesArchitecture(**sizes, out_hidden_size=hidden_size)
+    check_encoder(encoder, key)
+    return encoder
 
 
 def fresh_tower(

@@ -31,7 +31,13 @@ def check(config: LogitsCommand, world_size: int) -> tuple[Checkpoint, np.ndarra
     check_layout(config.parallel, checkpoint.architecture, config.precision.name, world_size, "processes")
     tokens = _read_tokens(Path(config.tokens), checkpoint.architecture.vocab_size)
     check_sequence(f"the length of the sequences in {config.tokens}", tokens.shape[1], config.parallel)
-    vision = checkpoint.architecture.vision
+    vision, encoder = checkpoint.architecture.vision, checkpoint.architecture.time_series
+    if encoder is not None and (tokens == encoder.ts_token_id).any():
+        row = int((tokens == encoder.ts_token_id).any(axis=1).argmax())
+        raise InputError(
+            f"tokens={config.tokens} holds ts_token_id={encoder.ts_token_id} in sequence {row}, a place for a time series, and "
+            "logits takes text alone; leave such sequences out."
+        )
     if vision is not None and (tokens == vision.image_token_id).any():
         row = int((tokens == vision.image_token_id).any(axis=1).argmax())
         raise InputError(

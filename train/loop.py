@@ -73,6 +73,8 @@ def train(config: TrainCommand, source: Source, data: PackedData, here: ranks.Ra
             row = step_row(report, progress, rates, seconds, read.waited, groups) | telemetry.row(progress.step, report)
             if source.architecture.vision is not None:
                 row |= {"tower_lr": rates.tower, "projector_lr": rates.projector}
+            if source.architecture.time_series is not None:
+                row["time_series_lr"] = rates.time_series
             if here.main:
                 row |= source_row(data, progress.step)
             records.step(row)
@@ -97,6 +99,7 @@ def rates_at(config: TrainCommand, step: int, lr: float) -> Rates:
         routers=decoder * router_multiplier(config.router, step),
         tower=lr * config.vision.tower_lr,
         projector=lr * config.vision.projector_lr,
+        time_series=lr * config.time_series.lr,
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from moexpand.base.errors import InputError
 from moexpand.base.files import read_json
 from moexpand.conf.check import check_train
-from moexpand.conf.check_vision import check_vision
+from moexpand.conf.check_vision import check_time_series, check_vision
 from moexpand.conf.fields import changed
 from moexpand.conf.schema import TrainCommand
 from moexpand.data.loader import PackedData
@@ -117,9 +117,10 @@ def check(config: TrainCommand, world_size: int) -> tuple[Source, PackedData]:
     source = source_of(config)
     check_train(config, source.architecture, world_size, _has_selection_bias(config, source))
     check_vision(config, source.architecture.vision)
+    check_time_series(config, source.architecture.time_series)
     data = open_data(config)
     check_vocabulary(data, data.sources[0].place, source.architecture)
-    check_pictures(data, data.sources[0].place, source.architecture)
+    check_places(data, data.sources[0].place, source.architecture)
     return source, data
 
 
@@ -149,13 +150,16 @@ def check_vocabulary(data: PackedData, shards: str, architecture: Architecture) 
         )
 
 
-def check_pictures(data: PackedData, shards: str, architecture: Architecture) -> None:
-    """Refuse shards whose pictures stand at another token than those of the model."""
-    vision = architecture.vision
-    if vision is None or not data.has_pictures:
-        return
-    if data.image_token != vision.image_token_id:
+def check_places(data: PackedData, shards: str, architecture: Architecture) -> None:
+    """Refuse shards whose pictures or series stand at other tokens than those of the model."""
+    vision, encoder = architecture.vision, architecture.time_series
+    if vision is not None and data.has_pictures and data.image_token != vision.image_token_id:
         raise InputError(
             f"The tokenizer of {shards} writes pictures with token {data.image_token} and the model has image_token_id="
             f"{vision.image_token_id}; build the shards with the model's own tokenizer, or give data.images=off."
+        )
+    if encoder is not None and data.has_series and data.series_token != encoder.ts_token_id:
+        raise InputError(
+            f"The tokenizer of {shards} writes time series with token {data.series_token} and the model has ts_token_id="
+            f"{encoder.ts_token_id}; build the shards with the model's own tokenizer, or give data.time_series=off."
         )

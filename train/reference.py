@@ -18,7 +18,7 @@ from moexpand.data.loader import MicroBatch
 from moexpand.train.metrics import EVALUATIONS, read_rows
 from moexpand.train.preflight import PLAN
 from moexpand.train.run_data import open_data
-from moexpand.train.run_pictures import vision_of
+from moexpand.train.run_pictures import architecture_of
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +31,7 @@ def reference_loss(folder: str, batches: list[MicroBatch], images: ImageSettings
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    kind = AutoModelForCausalLM if vision_of(folder) is None else AutoModelForImageTextToText
+    kind = AutoModelForCausalLM if architecture_of(folder).vision is None else AutoModelForImageTextToText
     model = kind.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
     total, counted = 0.0, 0
     with torch.no_grad():

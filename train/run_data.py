@@ -7,11 +7,10 @@ import yaml
 
 from moexpand.base.errors import InputError
 from moexpand.conf.schema import TrainCommand
-from moexpand.data.images import ImageSettings
 from moexpand.data.loader import PackedData
 from moexpand.data.stream import Reading, Source
 from moexpand.train.fresh import fresh_architecture
-from moexpand.train.run_pictures import image_settings, vision_of
+from moexpand.train.run_pictures import architecture_of, hears, image_settings
 
 _ENTRY = "{shards: FOLDER, weight: NUMBER, max_epochs: NUMBER}"
 
@@ -22,6 +21,7 @@ def open_data(config: TrainCommand) -> PackedData:
     Raises:
         InputError: the shards are wrong, or a source would be read more often than it may be.
     """
+    arch = fresh_architecture(config.model) if config.checkpoint is None else architecture_of(config.checkpoint)
     data = PackedData(
         sources_of(config.data.shards),
         config.train.seq_length,
@@ -32,7 +32,8 @@ def open_data(config: TrainCommand) -> PackedData:
         max_bad_fraction=config.data.max_bad_fraction,
         reading=Reading(
             shuffle=config.data.shuffle,
-            images=_images(config),
+            images=image_settings(config.data, arch.vision, config.checkpoint),
+            series=hears(config.data, arch.time_series is not None),
             cache=Path(config.data.cache) if config.data.cache else None,
             cache_bytes=int(config.data.cache_gb * 1e9),
             plans=Path(config.run.dir) / "plans",
@@ -40,11 +41,6 @@ def open_data(config: TrainCommand) -> PackedData:
     )
     data.check_epochs(config.train.steps)
     return data
-
-
-def _images(config: TrainCommand) -> ImageSettings | None:
-    vision = fresh_architecture(config.model).vision if config.checkpoint is None else vision_of(config.checkpoint)
-    return image_settings(config.data, vision, config.checkpoint)
 
 
 def sources_of(shards: str) -> list[Source]:

@@ -1,4 +1,4 @@
-"""How the pictures of a run reach its model: the model's own settings, or the run's; nothing here imports torch."""
+"""How pictures and time series of a run reach its model: the model's own settings, or the run's; nothing here imports torch."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,19 +6,32 @@ from typing import Any
 
 from moexpand.base.errors import InputError
 from moexpand.base.files import read_json, write_json
-from moexpand.conf.data_schema import Pictures
+from moexpand.conf.data_schema import Pictures, Seen
 from moexpand.data.images import ImageSettings
-from moexpand.upcycle.architecture import VisionArchitecture
+from moexpand.upcycle.architecture import Architecture, VisionArchitecture
 from moexpand.upcycle.checkpoint import CONFIG
 from moexpand.upcycle.config_json import read_architecture
 
 SETTINGS, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 
 
-def vision_of(checkpoint: str) -> VisionArchitecture | None:
-    """The tower of a checkpoint folder, from its config.json alone."""
+def architecture_of(checkpoint: str) -> Architecture:
+    """The architecture of a checkpoint folder, from its config.json alone."""
     file = Path(checkpoint) / CONFIG
-    return read_architecture(read_json(file), str(file)).vision
+    return read_architecture(read_json(file), str(file))
+
+
+def hears(seen: Seen, encoder: bool) -> bool:
+    """Whether the time series of the shards are read, for a model with an encoder or without.
+
+    Raises:
+        InputError: they are turned off for a model that takes none anyway.
+    """
+    if not encoder and seen.time_series == "off":
+        raise InputError(
+            "data.time_series=off is for a model with an encoder of time series and this one has none; leave it out."
+        )
+    return encoder and seen.time_series == "auto"
 
 
 def image_settings(pictures: Pictures, vision: VisionArchitecture | None, checkpoint: str | None) -> ImageSettings | None:

@@ -11,7 +11,7 @@ from moexpand.data.packing import PACKING
 from moexpand.parallel.engine import Engine
 from moexpand.parallel.optimizer import AdamSettings
 from moexpand.parallel.ranks import Ranks
-from moexpand.parallel.shape import Layout, ModelShape, RouterRules, VisionShape
+from moexpand.parallel.shape import Layout, ModelShape, RouterRules, TimeSeriesShape, VisionShape
 from moexpand.train import weights
 from moexpand.train.preflight import Source
 from moexpand.upcycle.architecture import Architecture
@@ -22,8 +22,11 @@ def shape_of(architecture: Architecture) -> ModelShape:
     """The engine's view of a checkpoint's architecture."""
     seen = architecture.vision
     vision = None if seen is None else VisionShape(**{each.name: getattr(seen, each.name) for each in fields(VisionShape)})
-    own = {each.name: getattr(architecture, each.name) for each in fields(ModelShape) if each.name not in ("prefix", "vision")}
-    return ModelShape(**own, prefix=family_of(architecture.model_type).prefix, vision=vision)
+    heard = architecture.time_series
+    series = None if heard is None else TimeSeriesShape(**asdict(heard))
+    parts = ("prefix", "vision", "time_series")
+    own = {each.name: getattr(architecture, each.name) for each in fields(ModelShape) if each.name not in parts}
+    return ModelShape(**own, prefix=family_of(architecture.model_type).prefix, vision=vision, time_series=series)
 
 
 def layout_of(parallel: Parallel) -> Layout:
@@ -79,7 +82,8 @@ def adam_of(config: TrainCommand) -> AdamSettings:
     """The engine's optimiser settings."""
     optim = config.optim
     shared = {field.name: getattr(optim, field.name) for field in fields(AdamSettings) if hasattr(optim, field.name)}
-    return AdamSettings(**shared, frozen_routers=config.router.freeze, frozen_parts=tuple(config.vision.freeze))
+    frozen = (*config.vision.freeze, *(["time_series"] if config.time_series.freeze else []))
+    return AdamSettings(**shared, frozen_routers=config.router.freeze, frozen_parts=frozen)
 
 
 def layout_notes(config: TrainCommand, source: Source) -> list[str]:
@@ -93,7 +97,7 @@ def layout_notes(config: TrainCommand, source: Source) -> list[str]:
     ]
 
 
-_SINCE_PICTURES = ("mrope_section", "fope_frequencies", "fope_by_head", "fope_init_factor", "vision")
+_SINCE_PICTURES = ("mrope_section", "fope_frequencies", "fope_by_head", "fope_init_factor", "vision", "time_series")
 """Fields of an architecture that runs of earlier versions did not note, for models without them."""
 
 
@@ -112,6 +116,7 @@ def fixed_settings(config: TrainCommand, source: Source, data: PackedData) -> di
         "the samples of the shards": data.corpus_fingerprint,
         "the rules of packing": PACKING,
         **({"vision.freeze": sorted(config.vision.freeze)} if source.architecture.vision is not None else {}),
+        **({"time_series.freeze": config.time_series.freeze} if source.architecture.time_series is not None else {}),
         **{
             f"the model's {name}": json.loads(json.dumps(value))  # as it comes back from the checkpoint
             for name, value in asdict(source.architecture).items()
@@ -126,4 +131,6 @@ def noted_settings(config: TrainCommand, source: Source) -> dict[str, Any]:
     noted = {f"{name}.{key}": value for name, group in groups.items() for key, value in group.items()}
     if source.architecture.vision is not None:
         noted |= {f"vision.{key}": value for key, value in asdict(config.vision).items() if key != "freeze"}
+    if source.architecture.time_series is not None:
+        noted["time_series.lr"] = config.time_series.lr
     return noted

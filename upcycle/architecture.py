@@ -29,6 +29,28 @@ class VisionArchitecture:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TimeSeriesArchitecture:
+    """Intern-S1-Pro's time-series encoder; the names are those of `ts_config`, but for the last ones, which it lacks."""
+
+    d_model: int
+    encoder_layers: int
+    encoder_attention_heads: int
+    encoder_ffn_dim: int
+    max_source_positions: int
+    num_mel_bins: int
+    ts_adapt_in_dim: int
+    """Twice the width of a patch."""
+    ts_hidden_dim: int
+    out_hidden_size: int
+    """Width of the decoder that takes the encoder's features."""
+    ts_token_id: int
+    """The token that holds a feature's place."""
+    patch_heads: int = 8
+    patch_ffn_dim: int = 2048
+    longest_patch: int = 20_000
+
+
+@dataclass(frozen=True, kw_only=True)
 class Architecture:
     """What the decoder's shapes and its forward pass follow from."""
 
@@ -77,6 +99,8 @@ class Architecture:
     """Name of the torch dtype that the weights are meant for."""
     vision: VisionArchitecture | None = None
     """The tower, where there is one of a kind that is computed here."""
+    time_series: TimeSeriesArchitecture | None = None
+    """The encoder of time series, where there is one."""
 
     @property
     def routed_as_usual(self) -> bool:

@@ -81,6 +81,7 @@ def read_architecture(config: Config, where: str = "config.json") -> Architectur
         initializer_range=_number(text, "initializer_range", 0.02, where),
         dtype=_dtype(config, text),
         vision=family.vision(config, where),
+        time_series=family.time_series(config, where),
     )
     check_architecture(arch, where)
     if not arch.norm_topk_prob and family.vision is not no_tower:

@@ -11,16 +11,17 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from moexpand.base.errors import InputError
-from moexpand.upcycle.architecture import Architecture, VisionArchitecture
+from moexpand.upcycle.architecture import Architecture, TimeSeriesArchitecture, VisionArchitecture
 from moexpand.upcycle.checkpoint import CONFIG, NUMPY, Checkpoint
 from moexpand.upcycle.config_json import read_architecture, text_config
 from moexpand.upcycle.families import FAMILIES, family_of
 from moexpand.upcycle.family import STACKS, Config, Family
-from moexpand.upcycle.fresh_config import special_tokens, vision_part
+from moexpand.upcycle.fresh_config import series_part, special_tokens, vision_part
 from moexpand.upcycle.fresh_weights import fresh_tensor
 from moexpand.upcycle.logical import expert_of, read_unchangeable
 from moexpand.upcycle.matrices import read_matrix, stored_unit
 from moexpand.upcycle.safetensors_file import Shape
+from moexpand.upcycle.series_encoder import ENCODER
 from moexpand.upcycle.tensors import stored_tensors
 
 TOWER = "model.visual."
@@ -39,6 +40,7 @@ class Changes:
         fope_init_factor, fope_sep_head: of the fresh tables; 0 is the identity.
         rope_theta, max_position_embeddings: new ones, which with FoPE decide what is left out; None keeps the source's.
         tower: a fresh tower instead of the source's.
+        encoder: of time series: `same`, `none`, or a fresh one.
         seed: of fresh tables and towers.
     """
 
@@ -50,6 +52,7 @@ class Changes:
     rope_theta: float | None = None
     max_position_embeddings: int | None = None
     tower: VisionArchitecture | None = None
+    encoder: str | TimeSeriesArchitecture = "same"
     seed: int = 0
 
 
@@ -68,6 +71,8 @@ def converted_config(source: Checkpoint, changes: Changes) -> Config:
         text["max_position_embeddings"] = changes.max_position_embeddings
     _put_positions(text, arch, changes, target)
     kept = {key: value for key, value in source.config.items() if key.endswith("_token_id") or key == "transformers_version"}
+    if changes.encoder == "none":
+        kept.pop("ts_token_id", None)
     head = {"architectures": [target.class_name], "model_type": target.model_type}
     own = {"auto_map": target.auto_map} if target.auto_map else {}
     if not target.text:
@@ -90,7 +95,15 @@ def converted_config(source: Checkpoint, changes: Changes) -> Config:
         "tie_word_embeddings": arch.tie_word_embeddings,
         target.text: _without(text, "tie_word_embeddings", "auto_map", "architectures"),
         "vision_config": tower,
+        **_encoder_config(source, changes, target),
     }
+
+
+def _encoder_config(source: Checkpoint, changes: Changes, target: Family) -> Config:
+    if isinstance(changes.encoder, TimeSeriesArchitecture):
+        return series_part(changes.encoder)
+    kept = target is source.family and changes.encoder == "same" and "ts_config" in source.config
+    return {"ts_config": source.config["ts_config"]} if kept else {}
 
 
 def _without(config: Config, *keys: str) -> Config:
@@ -107,7 +120,7 @@ def _target_family(source: Checkpoint, changes: Changes) -> Family:
 
 def _check(source: Checkpoint, changes: Changes, target: Family) -> None:
     arch, where = source.architecture, source.folder
-    if target is source.family and not changes.fope and changes.tower is None:
+    if target is source.family and not changes.fope and changes.tower is None and changes.encoder == "same":
         raise InputError(f"{where} is of model_type={arch.model_type} already, so nothing would change; give what is to differ.")
     if source.config.get("quantization_config"):
         raise InputError(f"{where} has FP8 weights, which are not converted; give a bf16, fp16 or fp32 checkpoint.")
@@ -126,6 +139,10 @@ def _check(source: Checkpoint, changes: Changes, target: Family) -> None:
         raise InputError(f"{target.model_type} has a vision tower and {where} has none that fits; give tower=fresh.")
     if not target.text and changes.tower is not None:
         raise InputError(f"tower=fresh is for a model with a tower, and the target is {target.model_type}, text alone.")
+    if changes.encoder != "same" and target.model_type != "interns1_pro":
+        raise InputError(f"encoder=... is for family=interns1_pro, and the target is {target.model_type}; leave it out.")
+    if changes.encoder == "none" and not any(name.startswith(ENCODER) for name in source.tensors):
+        raise InputError(f"{where} has no encoder of time series; leave encoder=none out.")
     if changes.tower is not None and changes.tower.out_hidden_size != arch.hidden_size:
         raise InputError(
             f"The fresh tower gives features of {changes.tower.out_hidden_size} and {where} takes {arch.hidden_size}."
@@ -165,7 +182,8 @@ class Conversion:
         """Dtype and shape of every tensor of the target."""
         shapes = stored_tensors(self.architecture, self.layout, transposed=self.transposed)
         shapes |= self.family.carried(self.config, CONFIG) | self.family.buffers(self.config, CONFIG)
-        kept = {name: info.shape for name, info in self.source.tensors.items() if name.startswith(self.family.free)}
+        free = self.family.free if self.changes.encoder == "same" else ()
+        kept = {name: info.shape for name, info in self.source.tensors.items() if name.startswith(free)}
         return {name: (self._dtype(name), shape) for name, shape in (shapes | kept).items()}
 
     @property
@@ -218,6 +236,8 @@ class Conversion:
         expert = expert_of(name)
         if expert is not None:
             return [self.source.matrix_name(*expert)]
+        if name.startswith(ENCODER) and isinstance(self.changes.encoder, TimeSeriesArchitecture):
+            return []
         if name.startswith(TOWER):
             return [] if self.changes.tower is not None else [name]
         if ".rotary_emb." in name and self.changes.fope:

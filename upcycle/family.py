@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from moexpand.upcycle.architecture import VisionArchitecture
+from moexpand.upcycle.architecture import TimeSeriesArchitecture, VisionArchitecture
 from moexpand.upcycle.safetensors_file import Shape
 
 Config = dict[str, Any]
@@ -37,6 +37,11 @@ def nothing(config: Config, where: str) -> dict[str, Shape]:
 
 def no_tower(config: Config, where: str) -> VisionArchitecture | None:
     """A model of text alone, or with a tower that no forward pass here computes."""
+    return None
+
+
+def no_encoder(config: Config, where: str) -> TimeSeriesArchitecture | None:
+    """A model without an encoder of time series."""
     return None
 
 
@@ -91,6 +96,8 @@ class Family:
     """The same, where positions have three axes."""
     vision: Callable[[Config, str], VisionArchitecture | None] = no_tower
     """The vision tower, where the engine computes it."""
+    time_series: Callable[[Config, str], TimeSeriesArchitecture | None] = no_encoder
+    """The encoder of time series."""
     carried: Callable[[Config, str], dict[str, Shape]] = nothing
     """Parameters beside the decoder, which an expansion copies: towers, projectors."""
     buffers: Callable[[Config, str], dict[str, Shape]] = nothing

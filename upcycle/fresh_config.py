@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 
-from moexpand.upcycle.architecture import Architecture, VisionArchitecture
+from moexpand.upcycle.architecture import Architecture, TimeSeriesArchitecture, VisionArchitecture
 from moexpand.upcycle.config_json import grouped_config, with_routing
 from moexpand.upcycle.families import FAMILIES, family_of
 from moexpand.upcycle.family import Config
@@ -17,6 +17,8 @@ def architecture_config(arch: Architecture) -> Config:
         text = {key: value for key, value in config.items() if key != "tie_word_embeddings"} | {"model_type": f"{parent}_text"}
         config = {family.text: text, "tie_word_embeddings": arch.tie_word_embeddings} | special_tokens(arch.vision.image_token_id)
         config["vision_config"] = vision_part(arch.vision, parent)
+    if arch.time_series is not None:
+        config |= series_part(arch.time_series)
     own = {"auto_map": family.auto_map} if family.auto_map else {}
     config = {"architectures": [family.class_name], "model_type": parent, **own} | config
     if arch.model_type == parent:
@@ -83,6 +85,13 @@ def vision_part(vision: VisionArchitecture, model_type: str) -> Config:
     if model_type != "interns1_pro":
         tower["deepstack_visual_indexes"] = list(vision.deepstack_visual_indexes)
     return {**tower, "model_type": "interns1_pro_vision" if model_type == "interns1_pro" else model_type}
+
+
+def series_part(encoder: TimeSeriesArchitecture) -> Config:
+    """`ts_config` of an encoder of time series, and its token."""
+    sizes = asdict(encoder)
+    token = sizes.pop("ts_token_id")
+    return {"ts_config": sizes, "ts_token_id": token}
 
 
 def special_tokens(image: int) -> Config:

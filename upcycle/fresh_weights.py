@@ -19,7 +19,7 @@ def fresh_tensor(name: str, shape: Shape, seed: int, width: float, fope_gain: fl
         width: standard deviation of matrices.
         fope_gain: gain of the tables' noise.
     """
-    if name.endswith((SELECTION_BIAS, ".bias")):
+    if name.endswith((SELECTION_BIAS, ".bias", ".in_proj_bias")):
         return np.zeros(shape, np.float32)
     if len(shape) == 1:
         return np.ones(shape, np.float32)

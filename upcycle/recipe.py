@@ -64,7 +64,9 @@ class Recipe:
             num_experts=self.plan.num_experts,
             router_n_groups=self.plan.num_groups,
             vocab_size=arch.vocab_size if self.plan.vocabulary is None else self.plan.vocabulary.size,
-            vision=self.family.vision(self.config, str(self.parent.folder)),  # the token of pictures may have another id
+            # the tokens of pictures and series may have other ids
+            vision=self.family.vision(self.config, str(self.parent.folder)),
+            time_series=self.family.time_series(self.config, str(self.parent.folder)),
         )
 
     @cached_property

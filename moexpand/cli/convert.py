@@ -11,8 +11,8 @@ from moexpand.conf.model_schema import VisionModel
 from moexpand.conf.schema import ConvertCommand
 from moexpand.console import Console
 from moexpand.train import damage
-from moexpand.train.fresh import fresh_tower
-from moexpand.upcycle.architecture import VisionArchitecture
+from moexpand.train.fresh import fresh_encoder, fresh_tower
+from moexpand.upcycle.architecture import TimeSeriesArchitecture, VisionArchitecture
 from moexpand.upcycle.checkpoint import Checkpoint, open_checkpoint
 from moexpand.upcycle.conversion import Changes, Conversion
 from moexpand.upcycle.family import part_of
@@ -73,8 +73,18 @@ def changes_of(config: ConvertCommand, source: Checkpoint) -> Changes:
         rope_theta=config.rope_theta,
         max_position_embeddings=config.max_position_embeddings,
         tower=tower,
+        encoder=_encoder_of(config, source),
         seed=config.seed,
     )
+
+
+def _encoder_of(config: ConvertCommand, source: Checkpoint) -> str | TimeSeriesArchitecture:
+    if config.encoder == "fresh":
+        arch = source.architecture
+        return fresh_encoder(config.time_series, arch.hidden_size, arch.vocab_size, "time_series")
+    for given in changed(config.time_series, "time_series"):
+        raise InputError(f"{given} is the size of a fresh encoder of time series; give encoder=fresh as well, or leave it out.")
+    return config.encoder
 
 
 def _announce(console: Console, conversion: Conversion) -> None:
@@ -89,6 +99,8 @@ def _announce(console: Console, conversion: Conversion) -> None:
             f"The vision tower is fresh (seed {conversion.changes.seed}): train it first, with vision.freeze=[decoder] or "
             "vision.warmup_steps."
         )
+    if conversion.changes.encoder not in ("same", "none"):
+        console.line(f"The encoder of time series is fresh (seed {conversion.changes.seed}).")
     if conversion.changes.fope:
         half = arch.head_dim // 2
         scaled = "scaled so that they count as before" if conversion.changes.compensate else "which count twice now"

@@ -6,6 +6,7 @@ from moexpand.upcycle.families.qwen3_vl_moe import tower, vision
 from moexpand.upcycle.family import Config, Family
 from moexpand.upcycle.positions import fope_frequencies, rope_rules
 from moexpand.upcycle.safetensors_file import Shape
+from moexpand.upcycle.series_encoder import ENCODER, encoder_architecture, encoder_buffers, encoder_tensors
 
 
 def _fope_tables(config: Config, where: str) -> dict[str, Shape]:
@@ -26,6 +27,14 @@ def _fope_tables(config: Config, where: str) -> dict[str, Shape]:
     return {f"model.language_model.rotary_emb.{name}": shape for name in ("sin_coef", "cos_coef")}
 
 
+def _carried(config: Config, where: str) -> dict[str, Shape]:
+    return tower(config, where, deepstack=False) | encoder_tensors(config, where)
+
+
+def _buffers(config: Config, where: str) -> dict[str, Shape]:
+    return _fope_tables(config, where) | encoder_buffers(config, where)
+
+
 FAMILIES = (
     Family(
         model_type="interns1_pro",
@@ -35,9 +44,10 @@ FAMILIES = (
         prefix="model.language_model.",
         norm_topk_prob=True,
         vision=partial(vision, deepstack=False),
-        carried=partial(tower, deepstack=False),
-        buffers=_fope_tables,
-        free=("model.time_series.",),
+        time_series=encoder_architecture,
+        carried=_carried,
+        buffers=_buffers,
+        free=(ENCODER,),
         auto_map={
             "AutoConfig": "configuration_interns1_pro_moexpand.InternS1ProConfig",
             "AutoModel": "modeling_interns1_pro_moexpand.InternS1ProModel",

@@ -327,6 +327,8 @@ class InternS1ProPreTrainedModel(Qwen3VLMoePreTrainedModel):
     # where the experts are.
     _can_set_experts_implementation_cached_value = True
     _keep_in_fp32_modules_strict = ("rotary_emb",)
+    _keys_to_ignore_on_load_unexpected = [r"^model\.time_series\."]  # noqa: RUF012 (transformers declares it so)
+    """The encoder of time series is not computed here; tokens that hold a series' place are refused."""
 
 
 class InternS1ProTextModel(InternS1ProPreTrainedModel, Qwen3VLMoeTextModel):
@@ -375,7 +377,9 @@ class InternS1ProForConditionalGeneration(InternS1ProPreTrainedModel, Qwen3VLMoe
         output_router_logits: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        text = self.config.text_config
+        text, place = self.config.text_config, getattr(self.config, "ts_token_id", None)
+        if place is not None and input_ids is not None and (input_ids == place).any():
+            raise ValueError(f"The tokens hold {place}, a place for a time series, which this model code does not compute.")
         wanted = text.output_router_logits if output_router_logits is None else output_router_logits
         # The stock balance loss counts a plain top-k of the logits; this model visits others, so both losses are made here.
         stock_labels = None if wanted else labels
