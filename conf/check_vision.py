@@ -17,8 +17,11 @@ class Tower(Protocol):
     def deepstack_visual_indexes(self) -> Sequence[int]: ...
 
 
-def check_vision(config: TrainCommand, tower: Tower | None) -> None:
+def check_vision(config: TrainCommand, tower: Tower | None, encoder: bool = False) -> None:
     """Check how tower, projector and decoder learn, for a model with this tower or with none.
+
+    Args:
+        encoder: the model has an encoder of time series as well.
 
     Raises:
         InputError: the first combination that cannot work.
@@ -31,7 +34,7 @@ def check_vision(config: TrainCommand, tower: Tower | None) -> None:
     unknown = [part for part in vision.freeze if part not in PARTS]
     if unknown:
         raise InputError(f"vision.freeze names {unknown[0]}; the parts are {', '.join(PARTS)}.")
-    if set(vision.freeze) == set(PARTS):
+    if set(vision.freeze) == set(PARTS) and (not encoder or config.time_series.freeze):
         raise InputError(f"vision.freeze=[{','.join(vision.freeze)}] leaves nothing that learns.")
     if "decoder" in vision.freeze and config.parallel.pipeline > 1:
         raise InputError(

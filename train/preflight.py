@@ -116,8 +116,9 @@ def check(config: TrainCommand, world_size: int) -> tuple[Source, PackedData]:
     _refuse_shape(config)
     source = source_of(config)
     check_train(config, source.architecture, world_size, _has_selection_bias(config, source))
-    check_vision(config, source.architecture.vision)
-    check_time_series(config, source.architecture.time_series)
+    encoder = source.architecture.time_series
+    check_vision(config, source.architecture.vision, encoder is not None)
+    check_time_series(config, encoder)
     data = open_data(config)
     check_vocabulary(data, data.sources[0].place, source.architecture)
     check_places(data, data.sources[0].place, source.architecture)
