@@ -16,7 +16,8 @@ TS_CONTEXT = 8234
 """<TS_CONTEXT> of qwen-8192-science."""
 ENCODER = {
     "d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 4, "encoder_ffn_dim": 48, "max_source_positions": 20,
-    "num_mel_bins": 8, "ts_adapt_in_dim": 16, "ts_hidden_dim": 16, "patch_heads": 2, "patch_ffn_dim": 16, "ts_token_id": TS_CONTEXT,
+    "num_mel_bins": 8, "ts_adapt_in_dim": 16, "ts_hidden_dim": 16, "patch_heads": 2, "patch_ffn_dim": 16,
+    "ts_token_id": TS_CONTEXT,
 }  # fmt: skip
 
 
