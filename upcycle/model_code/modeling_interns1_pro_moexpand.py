@@ -327,8 +327,7 @@ class InternS1ProPreTrainedModel(Qwen3VLMoePreTrainedModel):
     # where the experts are.
     _can_set_experts_implementation_cached_value = True
     _keep_in_fp32_modules_strict = ("rotary_emb",)
-    _keys_to_ignore_on_load_unexpected = [r"^model\.time_series\."]  # noqa: RUF012 (transformers declares it so)
-    """The encoder of time series is not computed here; tokens that hold a series' place are refused."""
+    _keys_to_ignore_on_load_unexpected = [r"^model\.time_series\."]  # noqa: RUF012 (not computed here; their places are refused)
 
 
 class InternS1ProTextModel(InternS1ProPreTrainedModel, Qwen3VLMoeTextModel):
@@ -383,13 +382,11 @@ class InternS1ProForConditionalGeneration(InternS1ProPreTrainedModel, Qwen3VLMoe
         wanted = text.output_router_logits if output_router_logits is None else output_router_logits
         # The stock balance loss counts a plain top-k of the logits; this model visits others, so both losses are made here.
         stock_labels = None if wanted else labels
-        outputs = super().forward(
-            input_ids, attention_mask, *args, labels=stock_labels, output_router_logits=wanted, **kwargs, return_dict=True
-        )
+        own = {"labels": stock_labels, "output_router_logits": wanted, "return_dict": True}
+        outputs = super().forward(input_ids, attention_mask, *args, **own, **kwargs)
         if wanted:
-            outputs.aux_loss = grouped_balance_loss(
-                outputs.router_logits, text.num_experts_per_tok, text.router_n_groups, attention_mask
-            )
+            top_k, groups = text.num_experts_per_tok, text.router_n_groups
+            outputs.aux_loss = grouped_balance_loss(outputs.router_logits, top_k, groups, attention_mask)
             if labels is not None:
                 loss = self.loss_function(logits=outputs.logits, labels=labels, vocab_size=text.vocab_size, **kwargs)
                 outputs.loss = loss + text.router_aux_loss_coef * outputs.aux_loss.to(loss.device)
