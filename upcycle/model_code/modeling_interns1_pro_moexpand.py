@@ -381,8 +381,7 @@ class InternS1ProForConditionalGeneration(InternS1ProPreTrainedModel, Qwen3VLMoe
             raise ValueError(f"The tokens hold {place}, a place for a time series, which this model code does not compute.")
         wanted = text.output_router_logits if output_router_logits is None else output_router_logits
         # The stock balance loss counts a plain top-k of the logits; this model visits others, so both losses are made here.
-        stock_labels = None if wanted else labels
-        own = {"labels": stock_labels, "output_router_logits": wanted, "return_dict": True}
+        own = {"labels": None if wanted else labels, "output_router_logits": wanted, "return_dict": True}
         outputs = super().forward(input_ids, attention_mask, *args, **own, **kwargs)
         if wanted:
             top_k, groups = text.num_experts_per_tok, text.router_n_groups
