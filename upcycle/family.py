@@ -138,6 +138,7 @@ def part_of(name: str) -> str:
         (".visual.", "vision"),
         (".vision_tower.", "vision"),
         (".multi_modal_projector.", "vision"),
+        (".pos_encoder.pe", "buffers"),
         (".time_series.", "time_series"),
         (".rotary_emb.", "buffers"),
         ("embed_tokens.", "embedding"),

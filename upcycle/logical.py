@@ -130,10 +130,10 @@ def model_tensors(architecture: Architecture, config: Config) -> dict[str, Shape
     """Name and shape of everything that the engine keeps of a model: decoder, tower, tables of positions."""
     family = family_of(architecture.model_type)
     own = expected_tensors(architecture)
-    return own | family.carried(config, CONFIG) | _tables(family, config)
+    return own | family.carried(config, CONFIG) | tables(family, config)
 
 
-def _tables(family: Family, config: Config) -> dict[str, Shape]:
+def tables(family: Family, config: Config) -> dict[str, Shape]:
     """Buffers that hold what no formula gives: those of positions."""
     return {name: shape for name, shape in family.buffers(config, CONFIG).items() if ".rotary_emb." in name}
 
@@ -154,7 +154,7 @@ def unsupported(checkpoint: Checkpoint) -> str:
     if arch.vision is not None and arch.vision.hidden_act != TOWER_ACTIVATION:
         return f"hidden_act={arch.vision.hidden_act} in vision_config; the engine computes {TOWER_ACTIVATION} alone"
     kept = model_tensors(arch, checkpoint.config)
-    for name in _tables(family, checkpoint.config):
+    for name in tables(family, checkpoint.config):
         if name not in checkpoint.tensors:
             return f"no {name}, a table of its position embedding"
     if arch.time_series is not None and arch.time_series.out_hidden_size != arch.hidden_size:

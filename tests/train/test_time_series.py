@@ -145,6 +145,7 @@ def test_conversions_drop_the_encoder_or_give_a_fresh_one(parent: Path, tmp_path
     assert done.returncode == 0, done.stderr
     fresh = tensors(tmp_path / "fresh")
     assert "model.time_series.encoder.layers.1.fc1.weight" in fresh
+    assert not any(name.endswith(".pe") for name in fresh)
     assert np.array_equal(fresh["model.time_series.encoder.layer_norm.weight"], np.ones(32, np.float32))
     layer = "model.time_series.encoder_embed.transformer_encoder.layers.0"
     assert not fresh[f"{layer}.self_attn.in_proj_bias"].any()
