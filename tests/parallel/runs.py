@@ -264,6 +264,36 @@ def merged(ranks: list[list[Block]]) -> dict[str, np.ndarray]:
     return found
 
 
+def restored(engine_of: Any, batches: Any, part: str, folder: Path, save: dict[str, Any], load: dict[str, Any]) -> bool:
+    """Whether the weights of a part of the first stage after a step, saved on one layout, come back on another.
+
+    Args:
+        engine_of: makes a context with an engine of a layout.
+        batches: makes this rank's micro-batches for an engine.
+        part: its name in a stage: vision or time_series.
+    """
+    from moexpand.parallel import checkpoint, ranks
+
+    def held(built: Any) -> list[np.ndarray]:
+        return [value.numpy().copy() for value in getattr(built.stages[0], part).state_dict().values()]
+
+    with engine_of(save) as built:
+        prepare(built)
+        built.step(batches(built), 1e-2)
+        due = ranks.broadcast(held(built) if built.ranks.main else None)
+        if built.ranks.main:
+            folder.mkdir()
+        ranks.barrier()
+        checkpoint.save(built, folder, {})
+    with engine_of(load) as built:
+        prepare(built)
+        before = held(built) if built.ranks.first_stage else due
+        checkpoint.load(built, folder)
+        after = held(built) if built.ranks.first_stage else due
+    changed = any(not np.array_equal(one, other) for one, other in zip(before, due, strict=True)) or not built.ranks.first_stage
+    return changed and all(np.array_equal(one, other) for one, other in zip(after, due, strict=True))
+
+
 def relative(found: np.ndarray, due: np.ndarray) -> float:
     """Largest difference over the largest magnitude that is due (1 where all of it is zero)."""
     return float(np.abs(found - due).max() / (np.abs(due).max() or 1.0))

@@ -1,5 +1,6 @@
 """A Qwen3-VL-MoE of the engine equals transformers': logits and every gradient, and every layout equals one rank."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -156,27 +157,10 @@ def test_deepstack_needs_its_layers_on_the_first_part_of_the_pipeline(place: Pat
 
 
 def _checkpoint(place: Path, folder: Path, save: dict[str, Any], load: dict[str, Any]) -> bool:
-    """Weights of the tower after a step, saved on one layout, come back on another."""
-    from moexpand.parallel import checkpoint, ranks
+    def batches(built: Any) -> list[Any]:
+        return vl_runs.batches(built, vl_runs.micros())
 
-    def tower(built: Any) -> list[np.ndarray]:
-        return [value.numpy().copy() for value in built.stages[0].vision.state_dict().values()]
-
-    with engine_of(place, save) as built:
-        runs.prepare(built)
-        built.step(vl_runs.batches(built, vl_runs.micros()), 1e-2)
-        due = ranks.broadcast(tower(built) if built.ranks.main else None)
-        if built.ranks.main:
-            folder.mkdir()
-        ranks.barrier()
-        checkpoint.save(built, folder, {})
-    with engine_of(place, load) as built:
-        runs.prepare(built)
-        before = tower(built) if built.ranks.first_stage else due
-        checkpoint.load(built, folder)
-        after = tower(built) if built.ranks.first_stage else due
-    changed = any(not np.array_equal(one, other) for one, other in zip(before, due, strict=True)) or not built.ranks.first_stage
-    return changed and all(np.array_equal(one, other) for one, other in zip(after, due, strict=True))
+    return runs.restored(partial(engine_of, place), batches, "vision", folder, save, load)
 
 
 @pytest.mark.parametrize(("save", "load"), [({"tensor": 2}, {"pipeline": 2}), ({"context": 2}, {}), ({}, {"tensor": 2})])

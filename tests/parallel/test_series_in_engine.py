@@ -1,6 +1,7 @@
 """Features of time series in a decoder: logits and gradients are transformers' with the features in their places, every layout
 equals one rank."""
 
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -229,27 +230,7 @@ def test_overlapped_steps_move_the_encoder_as_others_do(kept: Kept) -> None:
 
 
 def _restored(kept: Kept, folder: Path, save: dict[str, Any], load: dict[str, Any]) -> bool:
-    """Weights of the encoder after a step, saved on one layout, come back on another."""
-    from moexpand.parallel import checkpoint, ranks
-
-    def own(built: Any) -> list[np.ndarray]:
-        return [value.numpy().copy() for value in built.stages[0].time_series.state_dict().values()]
-
-    with engine_of(kept, save) as built:
-        runs.prepare(built)
-        built.step(batches(built), 1e-2)
-        due = ranks.broadcast(own(built) if built.ranks.main else None)
-        if built.ranks.main:
-            folder.mkdir()
-        ranks.barrier()
-        checkpoint.save(built, folder, {})
-    with engine_of(kept, load) as built:
-        runs.prepare(built)
-        before = own(built) if built.ranks.first_stage else due
-        checkpoint.load(built, folder)
-        after = own(built) if built.ranks.first_stage else due
-    changed = any(not np.array_equal(one, other) for one, other in zip(before, due, strict=True)) or not built.ranks.first_stage
-    return changed and all(np.array_equal(one, other) for one, other in zip(after, due, strict=True))
+    return runs.restored(partial(engine_of, kept), batches, "time_series", folder, save, load)
 
 
 @pytest.mark.parametrize(("save", "load"), [({"tensor": 2}, {"pipeline": 2}), ({"context": 2}, {})])
