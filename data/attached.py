@@ -32,10 +32,19 @@ def row_series(row: Mapping[str, Any]) -> list[tuple[Any, Any]]:
     """
     names, rates = row.get(SERIES_KEY), row.get(RATE_KEY)
     names = names if isinstance(names, list) else [] if names is None or names == "" else [names]
-    rates = rates if isinstance(rates, list) else [rates] * len(names)
-    if len(rates) != len(names):
-        raise Unusable("series_rate", f"{RATE_KEY} has {len(rates)} numbers for {len(names)} series")
-    return list(zip(names, rates, strict=True))
+    return list(zip(names, rates_for(len(names), rates), strict=True))
+
+
+def rates_for(series: int, given: Any) -> list[Any]:
+    """The sampling rate of each of so many series: one that is given for all, or a list.
+
+    Raises:
+        Unusable: `series_rate`: the list is of another length.
+    """
+    rates = given if isinstance(given, list) else [given] * series
+    if len(rates) != series:
+        raise Unusable("series_rate", f"{RATE_KEY} has {len(rates)} numbers for {series} series")
+    return rates
 
 
 def brings_series(row: Mapping[str, Any]) -> bool:

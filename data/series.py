@@ -1,8 +1,8 @@
 """Time series from untrusted .npy files: real numbers [n] or [n, C] alone, standardised as a model takes them.
 
-n points of time, C channels, S series of an index. A file is numpy's own format, with one array in it. Its header is read first
-and has to agree with the number of bytes that are there, so a small file cannot ask for much memory; pickles are never read.
-Whatever is refused raises `BadSeries` with a reason that can be counted.
+n points of time, C channels. A file is numpy's own format, with one array in it. Its header is read first and has to agree with
+the number of bytes that are there, so a small file cannot ask for much memory; pickles are never read. Whatever is refused raises
+`BadSeries` with a reason that can be counted.
 
 How many tokens a series becomes follows from its points and its sampling rate (`base/series.py`), so it is planned without
 reading it.
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from moexpand.base.series import LONGEST, stride_of
+from moexpand.base.series import LONGEST
 
 REASONS = ("not_npy", "broken", "dtype", "shape", "empty", "too_long", "too_large", "not_finite", "rate")
 """Every reason of `BadSeries`, to count by."""
@@ -170,20 +170,3 @@ def is_rate(value: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
     except OverflowError:  # a whole number beyond float64
         return False
-
-
-def series_tokens(points: np.ndarray, rates: np.ndarray) -> np.ndarray:
-    """Tokens of many series: what `base.series.tokens_of` gives for each.
-
-    Args:
-        points: int64 [S].
-        rates: float64 [S], in Hz.
-
-    Returns:
-        int64 [S].
-    """
-    distinct, place = np.unique(rates, return_inverse=True)
-    # Strides rate by rate: numpy may round powers of arrays otherwise than those of single numbers.
-    strides = np.array([stride_of(rate) for rate in distinct.tolist()], dtype=np.int64)[place]
-    patches = np.maximum(2, -(-(points - 2 * strides) // strides) + 1)
-    return (patches // 2 + 1) // 2

@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 
 from moexpand.base.errors import InputError
-from moexpand.base.series import tokens_of
+from moexpand.base.series import tokens_of, tokens_of_many
 from moexpand.data.dataset import Content, Corpus, Unreadable
 from moexpand.data.image_decode import BadImage, decode_image
 from moexpand.data.images import ImageProcessor, ImageSettings, image_tokens
 from moexpand.data.packing import Plan
 from moexpand.data.parts import encode_parts
 from moexpand.data.planning import Order, PackSequence, SampleOrder, ShardOrder
-from moexpand.data.series import MARKS, BadSeries, read_series, sampling_rate, series_tokens
+from moexpand.data.series import MARKS, BadSeries, read_series, sampling_rate
 from moexpand.data.tokens import Tokenizer
 
 CACHED_TOKENS = 1 << 24
@@ -241,7 +241,7 @@ class Stream:
         if not self._reading.series or not first[-1]:
             none = np.zeros_like(self.corpus.tokens)
             return none, none
-        before = np.concatenate([[0], np.cumsum(series_tokens(self.corpus.series_points, self.corpus.series_rate))])
+        before = np.concatenate([[0], np.cumsum(tokens_of_many(self.corpus.series_points, self.corpus.series_rate))])
         return before[first[1:]] - before[first[:-1]], np.diff(first)
 
     def _order(self) -> Order:

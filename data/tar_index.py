@@ -20,6 +20,7 @@ from typing import Any
 
 from moexpand.base.errors import InputError
 from moexpand.base.files import disk_errors, write_json
+from moexpand.data.attached import RATE_KEY, rates_for
 from moexpand.data.dataset import PARTS_MEMBER, SUMMARY, TEXT_MEMBER, is_image, series_members, summary_of
 from moexpand.data.image_decode import BadImage, image_size
 from moexpand.data.index import IndexedSample, Member, ShardIndex, write_index
@@ -31,8 +32,6 @@ from moexpand.data.tokens import Tokenizer
 from moexpand.data.units import LETTERS
 
 JSON_MEMBER = "json"
-RATE_KEY = "sampling_rate"
-"""Of a .json member: makes the .npy members beside it time series."""
 MAX_MEMBER = 1 << 30
 
 
@@ -217,9 +216,7 @@ def _plain_parts(group: _Group, meta: dict[str, Any], text_key: str) -> list[Par
     parts: list[Part] = [{"image": name} for name in sorted(group.contents) if is_image(name)]
     names = series_members(group.arrays)
     if names and RATE_KEY in meta:
-        rates = meta[RATE_KEY] if isinstance(meta[RATE_KEY], list) else [meta[RATE_KEY]] * len(names)
-        if len(rates) != len(names):
-            raise Unusable("series_rate", f"{RATE_KEY} has {len(rates)} numbers for {len(names)} series")
+        rates = rates_for(len(names), meta[RATE_KEY])
         parts += [{"series": name, "rate": rate} for name, rate in zip(names, rates, strict=True)]
     if TEXT_MEMBER in group.contents:
         try:

@@ -1,7 +1,6 @@
 """One source to records: the samples-to-be of a file with what filters need to know of them, in a folder of its own.
 
-The folder holds `records.jsonl`, `measures.jsonl` (a line for each record), pictures and time series, and `counts.json`. A record
-is
+The folder holds `records.jsonl`, `measures.jsonl` (a line for each record), pictures and series, and `counts.json`. A record is
 
     {"name": "t0000000", "kind": "text", "text": what filters and readers see, "meta": {...}}
 

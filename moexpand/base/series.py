@@ -4,6 +4,8 @@ The rule is Intern-S1-Pro's (arXiv 2603.25040, section 2.5, and LMDeploy's servi
 fast ones have a token for some 640 points. Plans need these numbers before a series is read, and the model again.
 """
 
+from typing import Any
+
 import numpy as np
 
 from moexpand.base.errors import InputError
@@ -41,8 +43,7 @@ def patches_of(length: int, rate: float) -> int:
     """
     if length < 1:
         raise InputError(f"A series has {length} points; at least 1 is needed.")
-    stride = stride_of(rate)
-    return max(2, -(-(length - 2 * stride) // stride) + 1)
+    return int(_patches(length, stride_of(rate)))
 
 
 def padded_length(length: int, rate: float) -> int:
@@ -53,3 +54,15 @@ def padded_length(length: int, rate: float) -> int:
 def tokens_of(length: int, rate: float) -> int:
     """Tokens of a series: patches are joined in pairs, of which the encoder's second convolution takes every second."""
     return (patches_of(length, rate) // 2 + 1) // 2
+
+
+def tokens_of_many(lengths: np.ndarray, rates: np.ndarray) -> np.ndarray:
+    """`tokens_of` of many series: int64 [S] for int64 [S] and float64 [S]."""
+    distinct, place = np.unique(rates, return_inverse=True)
+    # Strides rate by rate: numpy may round powers of arrays otherwise than those of single numbers.
+    strides = np.array([stride_of(rate) for rate in distinct.tolist()], dtype=np.int64)[place]
+    return (_patches(lengths, strides) // 2 + 1) // 2
+
+
+def _patches(lengths: Any, strides: Any) -> Any:
+    return np.maximum(2, -(-(lengths - 2 * strides) // strides) + 1)

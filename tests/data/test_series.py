@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from numpy.lib import format as npy_format
 
 from moexpand.base.errors import InputError
-from moexpand.base.series import tokens_of
+from moexpand.base.series import tokens_of, tokens_of_many
 from moexpand.data.parts import SERIES_TOKENS, check_parts, encode_parts, encode_text, series_ids, text_part
-from moexpand.data.series import CHANNELS, REASONS, BadSeries, read_series, sampling_rate, series_tokens
+from moexpand.data.series import CHANNELS, REASONS, BadSeries, read_series, sampling_rate
 from moexpand.data.tokens import Tokenizer, load_tokenizer
 from tests.data.series_maker import noise, npy, standardised
 
@@ -55,7 +55,7 @@ def test_a_constant_channel_becomes_zeros_and_nothing_is_cut_off():
 @example([(1, None), (1_000_000, None), (319, 2500.0), (320, 1700.0), (3, 0.5)])
 def test_planned_tokens_are_those_of_the_rule_for_every_length_and_rate(entries):
     rates = [sampling_rate(points, rate) for points, rate in entries]
-    planned = series_tokens(np.array([points for points, _ in entries]), np.array(rates))
+    planned = tokens_of_many(np.array([points for points, _ in entries]), np.array(rates))
     assert planned.tolist() == [tokens_of(points, rate) for (points, _), rate in zip(entries, rates, strict=True)]
 
 
