@@ -9,7 +9,7 @@ Legend: TP tensor, CP context, PP pipeline, EP expert, ETP expert-tensor paralle
 from typing import Protocol
 
 from moexpand.base.errors import InputError
-from moexpand.conf.check_vision import Tower, check_deepstack
+from moexpand.conf.check_encoders import Tower, check_deepstack
 from moexpand.conf.layers import layer_factors
 from moexpand.conf.schema import Balance, CalibrateCommand, Optim, Parallel, Router, TrainCommand
 

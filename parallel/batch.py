@@ -88,19 +88,17 @@ class PackedBatch:
             token, merge = shape.vision.image_token_id, shape.vision.spatial_merge_size
             patches: Any = getattr(arrays, "patches", None)
             grids = [] if patches is None else [tuple(grid) for grid in arrays.grids.tolist()]
-            due = sum(pictures.features_of(grid, merge) for grid in grids)
-            seen["feature_at"] = on_device(_places(arrays.tokens, token, due))
-            if grids:
+            if grids:  # without any, the token is one of text, if it is there
                 assert pixel_table is not None
+                due = sum(pictures.features_of(grid, merge) for grid in grids)
+                seen["feature_at"] = on_device(_places(arrays.tokens, token, due))
                 seen["pictures"] = Pictures(torch.from_numpy(np.ascontiguousarray(patches)), grids, on_device(pixel_table))
             if shape.mrope_section:
                 positions = pictures.axes(arrays.tokens, arrays.cu_seqlens, grids, token, merge)
-        if shape is not None and shape.time_series is not None:
-            values, rates = getattr(arrays, "series", None) or [], getattr(arrays, "rates", None) or []
-            due = sum(tokens_of(len(each), rate) for each, rate in zip(values, rates, strict=True))
+        if shape is not None and shape.time_series is not None and getattr(arrays, "series", None):
+            due = sum(tokens_of(len(each), rate) for each, rate in zip(arrays.series, arrays.rates, strict=True))
             seen["series_at"] = on_device(_places(arrays.tokens, shape.time_series.ts_token_id, due))
-            if values:
-                seen["series"] = Series([torch.from_numpy(np.ascontiguousarray(each)) for each in values], list(rates))
+            seen["series"] = Series([torch.from_numpy(np.ascontiguousarray(each)) for each in arrays.series], list(arrays.rates))
         return cls(
             tokens=on_device(arrays.tokens),
             labels=on_device(arrays.labels),

@@ -60,11 +60,12 @@ def axes(tokens: np.ndarray, cu_seqlens: np.ndarray, grids: Sequence[Grid], plac
         tokens: int64 [T].
         cu_seqlens: int [segments + 1], where each segment begins; positions begin at 0 in each.
         grids: of the pictures, none of which goes over the end of a segment.
+        placeholder: holds a feature's place; where there is no picture, a token like others.
 
     Returns:
         int64 [3, T].
     """
-    places = np.flatnonzero(tokens == placeholder)
+    places = np.flatnonzero((tokens == placeholder) & bool(grids))
     step = np.ones(len(tokens), dtype=np.int64)
     step[places] = 0
     inside = np.zeros((3, len(tokens)), dtype=np.int64)

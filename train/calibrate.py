@@ -25,7 +25,7 @@ from moexpand.data.loader import PackedData
 from moexpand.data.stream import Reading
 from moexpand.train.display import Display
 from moexpand.train.preflight import check_places, check_vocabulary, open_supported
-from moexpand.train.run_pictures import hears, image_settings
+from moexpand.train.run_inputs import hears, image_settings
 from moexpand.train.worker import work
 from moexpand.upcycle.calibration import Origin, write_calibration
 from moexpand.upcycle.checkpoint import Checkpoint

@@ -14,7 +14,7 @@ from moexpand.conf.schema import ExportCommand, TrainCommand
 from moexpand.train import checkpoints, preflight
 from moexpand.train.preflight import PLAN, Source
 from moexpand.train.run_data import open_data
-from moexpand.train.run_pictures import image_settings, write_settings
+from moexpand.train.run_inputs import image_settings, write_settings
 from moexpand.upcycle.config_json import Config, grouped_config, lmdeploy_config, with_routing
 from moexpand.upcycle.fresh_config import architecture_config, parent_type
 from moexpand.upcycle.layout import copy_side_files

@@ -7,7 +7,7 @@ from pathlib import Path
 from moexpand.base.errors import InputError
 from moexpand.base.files import read_json
 from moexpand.conf.check import check_train
-from moexpand.conf.check_vision import check_time_series, check_vision
+from moexpand.conf.check_encoders import check_time_series, check_vision
 from moexpand.conf.fields import changed
 from moexpand.conf.schema import TrainCommand
 from moexpand.data.loader import PackedData
@@ -116,8 +116,8 @@ def check(config: TrainCommand, world_size: int) -> tuple[Source, PackedData]:
     _refuse_shape(config)
     source = source_of(config)
     check_train(config, source.architecture, world_size, _has_selection_bias(config, source))
-    encoder = source.architecture.time_series
-    check_vision(config, source.architecture.vision, encoder is not None)
+    encoder = source.architecture.time_series is not None
+    check_vision(config, source.architecture.vision, encoder)
     check_time_series(config, encoder)
     data = open_data(config)
     check_vocabulary(data, data.sources[0].place, source.architecture)

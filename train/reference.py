@@ -18,7 +18,7 @@ from moexpand.data.loader import MicroBatch
 from moexpand.train.metrics import EVALUATIONS, read_rows
 from moexpand.train.preflight import PLAN
 from moexpand.train.run_data import open_data
-from moexpand.train.run_pictures import architecture_of
+from moexpand.train.run_inputs import architecture_of
 
 if TYPE_CHECKING:
     import torch
@@ -96,6 +96,10 @@ def compare(run: Path) -> str:
         raise InputError(f"{run} holds no evaluation of a checkpoint at step 0; train with checkpoint=... and evaluate.every.")
     ours = rows[0]["held_out_loss"]
     data = open_data(config)
+    if data.has_series:
+        raise InputError(
+            f"{run} trains on time series, which transformers does not compute; compare a run with data.time_series=off."
+        )
     theirs = reference_loss(config.checkpoint, data.held_out(config.evaluate.batches), data.images)
     sentence = f"loss at step 0: {ours:.6f} by the engine, {theirs:.6f} by transformers (difference {abs(ours - theirs):.1e})"
     if not abs(ours - theirs) <= TOLERANCE:

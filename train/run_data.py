@@ -10,7 +10,7 @@ from moexpand.conf.schema import TrainCommand
 from moexpand.data.loader import PackedData
 from moexpand.data.stream import Reading, Source
 from moexpand.train.fresh import fresh_architecture
-from moexpand.train.run_pictures import architecture_of, hears, image_settings
+from moexpand.train.run_inputs import architecture_of, hears, image_settings
 
 _ENTRY = "{shards: FOLDER, weight: NUMBER, max_epochs: NUMBER}"
 

@@ -133,6 +133,10 @@ def check_architecture(arch: Architecture, where: str) -> None:
         raise InputError(f"{where}: top-{arch.num_experts_per_tok} of {arch.num_experts} experts is impossible.")
     if arch.scoring_func not in ("softmax", "sigmoid"):
         raise InputError(f"{where}: scoring_func={arch.scoring_func!r} is neither softmax nor sigmoid.")
+    if arch.time_series is not None and arch.time_series.ts_token_id >= arch.vocab_size:
+        raise InputError(
+            f"{where}: ts_token_id={arch.time_series.ts_token_id} is outside the vocabulary of {arch.vocab_size:,} tokens."
+        )
     if not arch.moe_layers:
         raise InputError(f"{where}: mlp_only_layers and decoder_sparse_step leave no layer with experts.")
     if len(arch.moe_layers) < arch.num_hidden_layers and not arch.intermediate_size:

@@ -137,7 +137,11 @@ def with_vocabulary(config: Config, size: int, moved: Mapping[int, int]) -> Conf
     Raises:
         InputError: a key names a token that the new vocabulary lacks.
     """
-    family = family_of(config["model_type"])
+    family, arch = family_of(config["model_type"]), read_architecture(config)
+    if arch.vision is not None:  # what the config means where it is silent
+        config = {"image_token_id": arch.vision.image_token_id} | config
+    if arch.time_series is not None:
+        config = {"ts_token_id": arch.time_series.ts_token_id} | config
     changed = {key: _moved_ids(key, value, moved) for key, value in config.items()}
     text = text_config(changed, family)
     text = {key: _moved_ids(key, value, moved) for key, value in text.items()} if family.text else text

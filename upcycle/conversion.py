@@ -18,7 +18,7 @@ from moexpand.upcycle.families import FAMILIES, family_of
 from moexpand.upcycle.family import STACKS, Config, Family
 from moexpand.upcycle.fresh_config import series_part, special_tokens, vision_part
 from moexpand.upcycle.fresh_weights import fresh_tensor
-from moexpand.upcycle.logical import expert_of, read_unchangeable, tables
+from moexpand.upcycle.logical import expert_of, read_unchangeable
 from moexpand.upcycle.matrices import read_matrix, stored_unit
 from moexpand.upcycle.safetensors_file import Shape
 from moexpand.upcycle.series_encoder import ENCODER
@@ -181,7 +181,7 @@ class Conversion:
     def tensors(self) -> dict[str, tuple[str, Shape]]:
         """Dtype and shape of every tensor of the target."""
         shapes = stored_tensors(self.architecture, self.layout, transposed=self.transposed)
-        shapes |= self.family.carried(self.config, CONFIG) | tables(self.family, self.config)
+        shapes |= self.family.carried(self.config, CONFIG) | self.family.buffers(self.config, CONFIG)
         free = self.family.free if self.changes.encoder == "same" else ()
         kept = {name: info.shape for name, info in self.source.tensors.items() if name.startswith(free)}
         return {name: (self._dtype(name), shape) for name, shape in (shapes | kept).items()}

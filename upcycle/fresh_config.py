@@ -6,6 +6,7 @@ from moexpand.upcycle.architecture import Architecture, TimeSeriesArchitecture, 
 from moexpand.upcycle.config_json import grouped_config, with_routing
 from moexpand.upcycle.families import FAMILIES, family_of
 from moexpand.upcycle.family import Config
+from moexpand.upcycle.series_encoder import ACTIVATION
 
 
 def architecture_config(arch: Architecture) -> Config:
@@ -88,10 +89,18 @@ def vision_part(vision: VisionArchitecture, model_type: str) -> Config:
 
 
 def series_part(encoder: TimeSeriesArchitecture) -> Config:
-    """`ts_config` of an encoder of time series, and its token."""
+    """`ts_config` of an encoder of time series with all keys that LMDeploy reads, and its token."""
     sizes = asdict(encoder)
     token = sizes.pop("ts_token_id")
-    return {"ts_config": sizes, "ts_token_id": token}
+    fixed = {
+        "model_type": "interns1_pro_time_series",
+        "activation_function": ACTIVATION,
+        "ts_adapt_out_dim": encoder.ts_hidden_dim,
+        "scale_embedding": False,
+        "pad_token_id": None,
+        **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), 0.0),
+    }
+    return {"ts_config": sizes | fixed, "ts_token_id": token}
 
 
 def special_tokens(image: int) -> Config:

@@ -13,10 +13,11 @@ import numpy as np
 from moexpand.upcycle.architecture import Architecture
 from moexpand.upcycle.checkpoint import CONFIG, Checkpoint, read_range
 from moexpand.upcycle.families import family_of
-from moexpand.upcycle.family import Config, Family
+from moexpand.upcycle.family import Config
 from moexpand.upcycle.matrices import read_matrix
 from moexpand.upcycle.recipe import Recipe
 from moexpand.upcycle.safetensors_file import Shape
+from moexpand.upcycle.series_encoder import PLACES
 from moexpand.upcycle.tensors import expected_tensors
 
 if TYPE_CHECKING:
@@ -130,12 +131,7 @@ def model_tensors(architecture: Architecture, config: Config) -> dict[str, Shape
     """Name and shape of everything that the engine keeps of a model: decoder, tower, tables of positions."""
     family = family_of(architecture.model_type)
     own = expected_tensors(architecture)
-    return own | family.carried(config, CONFIG) | tables(family, config)
-
-
-def tables(family: Family, config: Config) -> dict[str, Shape]:
-    """Buffers that hold what no formula gives: those of positions."""
-    return {name: shape for name, shape in family.buffers(config, CONFIG).items() if ".rotary_emb." in name}
+    return own | family.carried(config, CONFIG) | family.buffers(config, CONFIG)
 
 
 def unsupported(checkpoint: Checkpoint) -> str:
@@ -154,13 +150,12 @@ def unsupported(checkpoint: Checkpoint) -> str:
     if arch.vision is not None and arch.vision.hidden_act != TOWER_ACTIVATION:
         return f"hidden_act={arch.vision.hidden_act} in vision_config; the engine computes {TOWER_ACTIVATION} alone"
     kept = model_tensors(arch, checkpoint.config)
-    for name in tables(family, checkpoint.config):
+    for name in family.buffers(checkpoint.config, CONFIG):
         if name not in checkpoint.tensors:
             return f"no {name}, a table of its position embedding"
     if arch.time_series is not None and arch.time_series.out_hidden_size != arch.hidden_size:
         return f"out_hidden_size={arch.time_series.out_hidden_size} in ts_config and hidden_size={arch.hidden_size}"
-    known = family.buffers(checkpoint.config, CONFIG)
     for name in checkpoint.tensors:
-        if name.startswith(family.free) and name not in kept and name not in known:
+        if name.startswith(family.free) and name not in kept and name != PLACES:
             return f"{name}, which the engine has no place for: its config.json has no ts_config that describes it"
     return ""

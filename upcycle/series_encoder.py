@@ -1,8 +1,7 @@
-"""Names and shapes of Intern-S1-Pro's time-series encoder, from the `ts_config` of config.json, in the order of its state dict.
+"""Names and shapes of Intern-S1-Pro's time-series encoder, from `ts_config` of config.json, in the order of its state dict.
 
-A config without `ts_config`, as the published one is, has no encoder that is computed here. Names and sizes are those of
-LMDeploy's serving code. The table of a point's places in its patch (`pe`) is a buffer that follows from its formula: files may
-hold it, nothing reads it and nothing writes it.
+A config without `ts_config`, as the published one is, has no encoder that is computed here. Names and keys are those of
+LMDeploy's serving code, which fixes some sizes: num_mel_bins 80, ts_adapt_in_dim 256 and the optional ones below.
 """
 
 from collections.abc import Iterator
@@ -14,8 +13,12 @@ from moexpand.upcycle.family import Config
 from moexpand.upcycle.safetensors_file import Shape
 
 ENCODER = "model.time_series."
+PLACES = f"{ENCODER}encoder_embed.pos_encoder.pe"
+"""The table of a point's places in its patch: files may hold it, but it follows from its formula."""
 TOKEN = 151_685
 """Intern-S1-Pro's <TS_CONTEXT>, where config.json gives no `ts_token_id`."""
+
+ACTIVATION = "gelu"
 
 _SIZES = (
     "d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "max_source_positions", "num_mel_bins",
@@ -43,6 +46,14 @@ def encoder_architecture(config: Config, where: str) -> TimeSeriesArchitecture |
     for key, value in found.items():
         if type(value) is not int or value < 1:
             raise InputError(f"{where} has {key}={value!r} in ts_config; a whole number of at least 1 is needed.")
+    activation = sizes.get("activation_function", ACTIVATION)
+    if activation != ACTIVATION:
+        raise InputError(f"{where} has activation_function={activation!r} in ts_config; {ACTIVATION} alone is computed.")
+    out = sizes.get("ts_adapt_out_dim", found["ts_hidden_dim"])
+    if out != found["ts_hidden_dim"]:
+        raise InputError(
+            f"{where} has ts_adapt_out_dim={out!r} and ts_hidden_dim={found['ts_hidden_dim']} in ts_config; they must be equal."
+        )
     if type(token) is not int or token < 0:
         raise InputError(f"{where} has ts_token_id={token!r}; the number of a token is needed.")
     encoder = TimeSeriesArchitecture(**found, ts_token_id=token)
@@ -66,14 +77,6 @@ def encoder_tensors(config: Config, where: str) -> dict[str, Shape]:
     """Parameters of the encoder; none without `ts_config`."""
     encoder = encoder_architecture(config, where)
     return {} if encoder is None else {ENCODER + name: shape for name, shape in _parameters(encoder)}
-
-
-def encoder_buffers(config: Config, where: str) -> dict[str, Shape]:
-    """The table that files may hold."""
-    encoder = encoder_architecture(config, where)
-    if encoder is None:
-        return {}
-    return {f"{ENCODER}encoder_embed.pos_encoder.pe": (encoder.longest_patch, 1, encoder.ts_adapt_in_dim // 2)}
 
 
 def _parameters(encoder: TimeSeriesArchitecture) -> Named:

@@ -1,13 +1,14 @@
 """`moexpand convert`: another kind of model of a checkpoint, and what that costs before any training."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 from moexpand.base.errors import InputError
 from moexpand.base.files import refuse_existing, refuse_inside
 from moexpand.cli.workers import run_beside
 from moexpand.conf.fields import changed
-from moexpand.conf.model_schema import VisionModel
+from moexpand.conf.model_schema import TimeSeriesModel, VisionModel
 from moexpand.conf.schema import ConvertCommand
 from moexpand.console import Console
 from moexpand.train import damage
@@ -80,8 +81,10 @@ def changes_of(config: ConvertCommand, source: Checkpoint) -> Changes:
 
 def _encoder_of(config: ConvertCommand, source: Checkpoint) -> str | TimeSeriesArchitecture:
     if config.encoder == "fresh":
-        arch = source.architecture
-        return fresh_encoder(config.time_series, arch.hidden_size, arch.vocab_size, "time_series")
+        arch, heard = source.architecture, config.time_series
+        if arch.time_series is not None and heard.ts_token_id == TimeSeriesModel.ts_token_id:
+            heard = replace(heard, ts_token_id=arch.time_series.ts_token_id)  # the source's own, unless another is given
+        return fresh_encoder(heard, arch.hidden_size, arch.vocab_size, "time_series")
     for given in changed(config.time_series, "time_series"):
         raise InputError(f"{given} is the size of a fresh encoder of time series; give encoder=fresh as well, or leave it out.")
     return config.encoder

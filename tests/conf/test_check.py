@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from moexpand.base.errors import InputError
 from moexpand.conf.check import check_experts, check_layout, check_train
+from moexpand.conf.check_encoders import check_vision
 from moexpand.conf.compose import compose
 from moexpand.conf.schema import Model, Parallel, TrainCommand, VisionModel
 
@@ -220,3 +221,22 @@ def test_any_object_with_hugging_face_names_will_do() -> None:
     names = {field.name for field in fields(FromCheckpoint)}
     assert names <= {field.name for field in fields(Model)}
     check_train(config("parallel=ep8", "parallel.dispatcher=grouped_allgather"), FromCheckpoint(), 8)
+
+
+class _Tower:
+    deepstack_visual_indexes = ()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "encoder", "says"),
+    [
+        (["vision.freeze=[tower,projector,decoder]"], True, ""),
+        (["vision.freeze=[tower,projector,decoder]"], False, "leaves nothing that learns"),
+        (["vision.freeze=[tower,projector,decoder]", "time_series.freeze=true"], True, "leaves nothing that learns"),
+        (["vision.freeze=[tower,projector]", "vision.warmup_steps=3"], True, ""),
+        (["vision.freeze=[tower,projector]", "vision.warmup_steps=3"], False, "trains tower and projector, and both are frozen"),
+    ],
+)
+def test_an_encoder_of_time_series_may_learn_alone(overrides: list[str], encoder: bool, says: str) -> None:
+    with pytest.raises(InputError, match=says) if says else nullcontext():
+        check_vision(config(*overrides), _Tower(), encoder)

@@ -8,7 +8,7 @@ import torch
 
 from moexpand.base.errors import InputError
 from moexpand.conf.check import check_train
-from moexpand.conf.check_vision import check_vision
+from moexpand.conf.check_encoders import check_vision
 from moexpand.conf.compose import compose
 from moexpand.train.fresh import fresh_architecture
 from moexpand.upcycle.architecture import Architecture

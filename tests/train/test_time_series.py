@@ -1,6 +1,7 @@
 """Training on time series through the commands: from scratch, exported, imported, expanded, converted, frozen, refused."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
+from moexpand.base.errors import InputError
+from moexpand.train.reference import compare
 from tests.commands import moexpand, sentence
 from tests.train.conftest import from_checkpoint, settings
 from tests.train.pictures import TOWER
@@ -19,6 +22,9 @@ ENCODER = {
     "num_mel_bins": 8, "ts_adapt_in_dim": 16, "ts_hidden_dim": 16, "patch_heads": 2, "patch_ffn_dim": 16,
     "ts_token_id": TS_CONTEXT,
 }  # fmt: skip
+
+
+ONE_RANK = {"launch.processes": 1, "parallel.expert": 1}
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +58,7 @@ def fresh_model(**changes: Any) -> dict[str, Any]:
 
 
 def words(shards: Path, run: Path, **changes: Any) -> list[str]:
-    return settings(shards, run, **{"train.steps": 3, "save.every": 2, "data.held_out": 0.2, **changes})
+    return settings(shards, run, **{"train.steps": 3, "save.every": 0, "data.held_out": 0.2, **ONE_RANK, **changes})
 
 
 def ran(shards: Path, run: Path, **changes: Any) -> list[dict[str, Any]]:
@@ -75,7 +81,7 @@ def tensors(folder: Path) -> dict[str, np.ndarray]:
 def parent(heard: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A parent that learnt for a few steps on two ranks, exported."""
     folder = tmp_path_factory.mktemp("series")
-    rows = ran(heard, folder / "run", **fresh_model(), **{"time_series.lr": 0.5})
+    rows = ran(heard, folder / "run", **fresh_model(), **{"time_series.lr": 0.5, "launch.processes": 2, "parallel.expert": 2})
     assert [row["time_series_lr"] / row["lr"] for row in rows] == [0.5] * 3
     return exported(folder / "run", folder / "parent")
 
@@ -150,6 +156,68 @@ def test_conversions_drop_the_encoder_or_give_a_fresh_one(parent: Path, tmp_path
     layer = "model.time_series.encoder_embed.transformer_encoder.layers.0"
     assert not fresh[f"{layer}.self_attn.in_proj_bias"].any()
     assert all(np.array_equal(value, fresh[name]) for name, value in without.items())
+
+
+def test_a_conversion_of_another_part_keeps_the_encoder_and_its_token(parent: Path, tmp_path: Path) -> None:
+    tower = [f"vision.{key}={value}" for key, value in TOWER.items() if "deepstack" not in key]
+    done = moexpand("convert", f"source={parent}", f"target={tmp_path / 'tower'}", "tower=fresh", *tower)
+    assert done.returncode == 0, done.stderr
+    before, after = tensors(parent), tensors(tmp_path / "tower")
+    assert all(np.array_equal(value, after[name]) for name, value in before.items() if ".visual." not in name)
+    sizes = [f"time_series.{key}={value}" for key, value in ENCODER.items() if key != "ts_token_id"]
+    done = moexpand("convert", f"source={parent}", f"target={tmp_path / 'fresh'}", "encoder=fresh", *sizes)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "fresh" / "config.json").read_text())["ts_token_id"] == TS_CONTEXT
+
+
+def test_a_config_gives_an_engine_the_sizes_that_it_reads(parent: Path, tmp_path: Path) -> None:
+    """LMDeploy takes them as attributes of `ts_config`; a folder without an encoder has no such attribute."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(parent, trust_remote_code=True)
+    read = config.ts_config
+    assert (read.d_model, read.ts_adapt_in_dim, read.ts_adapt_out_dim, read.ts_hidden_dim) == (32, 16, 16, 16)
+    assert (read.activation_function, read.scale_embedding, read.pad_token_id) == ("gelu", False, None)
+    assert (read.encoder_layers, read.encoder_attention_heads, read.encoder_ffn_dim) == (1, 4, 48)
+    config.save_pretrained(tmp_path / "again")
+    again = AutoConfig.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    assert again.ts_config.to_dict() == read.to_dict()
+    done = moexpand("convert", f"source={parent}", f"target={tmp_path / 'none'}", "encoder=none")
+    assert done.returncode == 0, done.stderr
+    assert not hasattr(AutoConfig.from_pretrained(tmp_path / "none", trust_remote_code=True), "ts_config")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"activation_function": "relu"}, "has activation_function='relu' in ts_config; gelu alone is computed"),
+    ],
+)
+def test_an_encoder_that_is_not_computed_is_refused(
+    heard: Path, parent: Path, tmp_path: Path, changes: dict[str, Any], says: str
+) -> None:
+    shutil.copytree(parent, tmp_path / "other")
+    config = json.loads((parent / "config.json").read_text())
+    config["ts_config"] |= changes
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    done = moexpand(*words(heard, tmp_path / "run", **from_checkpoint(tmp_path / "other")))
+    assert says in sentence(done, 2)
+
+
+def test_without_series_the_token_of_their_places_is_one_of_text(heard: Path, parent: Path, tmp_path: Path) -> None:
+    """A tokenizer may use the id for a word, where series are turned off or the shards have none."""
+    shutil.copytree(parent, tmp_path / "other")
+    config = json.loads((parent / "config.json").read_text()) | {"ts_token_id": 220}  # the space, in qwen's ranks
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    (row,) = ran(heard, tmp_path / "run", **from_checkpoint(tmp_path / "other"), **{"train.steps": 1, "data.time_series": "off"})
+    (due,) = ran(heard, tmp_path / "due", **from_checkpoint(parent), **{"train.steps": 1, "data.time_series": "off"})
+    assert row["loss"] == due["loss"]
+
+
+def test_the_second_opinion_says_that_it_hears_nothing(heard: Path, parent: Path, tmp_path: Path) -> None:
+    ran(heard, tmp_path / "run", **from_checkpoint(parent), **{"train.steps": 1, "evaluate.every": 1})
+    with pytest.raises(InputError, match="trains on time series, which transformers does not compute"):
+        compare(tmp_path / "run")
 
 
 def test_transformers_computes_text_and_refuses_places_of_series(parent: Path) -> None:

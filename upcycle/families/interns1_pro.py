@@ -6,7 +6,7 @@ from moexpand.upcycle.families.qwen3_vl_moe import tower, vision
 from moexpand.upcycle.family import Config, Family
 from moexpand.upcycle.positions import fope_frequencies, rope_rules
 from moexpand.upcycle.safetensors_file import Shape
-from moexpand.upcycle.series_encoder import ENCODER, encoder_architecture, encoder_buffers, encoder_tensors
+from moexpand.upcycle.series_encoder import ENCODER, encoder_architecture, encoder_tensors
 
 
 def _fope_tables(config: Config, where: str) -> dict[str, Shape]:
@@ -31,10 +31,6 @@ def _carried(config: Config, where: str) -> dict[str, Shape]:
     return tower(config, where, deepstack=False) | encoder_tensors(config, where)
 
 
-def _buffers(config: Config, where: str) -> dict[str, Shape]:
-    return _fope_tables(config, where) | encoder_buffers(config, where)
-
-
 FAMILIES = (
     Family(
         model_type="interns1_pro",
@@ -46,7 +42,7 @@ FAMILIES = (
         vision=partial(vision, deepstack=False),
         time_series=encoder_architecture,
         carried=_carried,
-        buffers=_buffers,
+        buffers=_fope_tables,
         free=(ENCODER,),
         auto_map={
             "AutoConfig": "configuration_interns1_pro_moexpand.InternS1ProConfig",

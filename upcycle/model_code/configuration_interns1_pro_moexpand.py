@@ -2,7 +2,7 @@
 
 from typing import Any, ClassVar
 
-from transformers import Qwen3VLMoeConfig, Qwen3VLMoeTextConfig, Qwen3VLMoeVisionConfig
+from transformers import PretrainedConfig, Qwen3VLMoeConfig, Qwen3VLMoeTextConfig, Qwen3VLMoeVisionConfig
 
 
 class InternS1ProTextConfig(Qwen3VLMoeTextConfig):
@@ -23,8 +23,14 @@ class InternS1ProVisionConfig(Qwen3VLMoeVisionConfig):
     deepstack_visual_indexes: list[int] | tuple[int, ...] = ()
 
 
+class InternS1ProTimeSeriesConfig(PretrainedConfig):
+    """The encoder of time series, which the model code beside this file does not compute; serving engines read its sizes."""
+
+    model_type = "interns1_pro_time_series"
+
+
 class InternS1ProConfig(Qwen3VLMoeConfig):
-    """The whole model."""
+    """The whole model; `ts_config` is there where the model has an encoder of time series, as engines ask for it."""
 
     model_type = "interns1_pro"
     sub_configs_defaults: ClassVar[dict[str, Any]] = {
@@ -32,5 +38,11 @@ class InternS1ProConfig(Qwen3VLMoeConfig):
         "text_config": InternS1ProTextConfig,
     }
 
+    def __post_init__(self, **kwargs: Any) -> None:
+        sizes = kwargs.pop("ts_config", None)
+        super().__post_init__(**kwargs)
+        if sizes is not None:
+            self.ts_config = sizes if isinstance(sizes, PretrainedConfig) else InternS1ProTimeSeriesConfig(**sizes)
 
-__all__ = ["InternS1ProConfig", "InternS1ProTextConfig", "InternS1ProVisionConfig"]
+
+__all__ = ["InternS1ProConfig", "InternS1ProTextConfig", "InternS1ProTimeSeriesConfig", "InternS1ProVisionConfig"]

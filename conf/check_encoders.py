@@ -1,7 +1,7 @@
-"""Settings of a vision tower that cannot work with each other, the model or the layout; see check.py."""
+"""Settings of a vision tower or an encoder of time series that cannot work together, with the model or the layout."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from moexpand.base.errors import InputError
 from moexpand.conf.fields import changed
@@ -21,12 +21,12 @@ def check_vision(config: TrainCommand, tower: Tower | None, encoder: bool = Fals
     """Check how tower, projector and decoder learn, for a model with this tower or with none.
 
     Args:
-        encoder: the model has an encoder of time series as well.
+        encoder: the model has an encoder of time series as well, which may learn alone.
 
     Raises:
         InputError: the first combination that cannot work.
     """
-    vision = config.vision
+    vision, hears = config.vision, encoder and not config.time_series.freeze
     if tower is None:
         for given in changed(vision, "vision"):
             raise InputError(f"{given} is for a model with a vision tower and this one has none; leave it out.")
@@ -34,7 +34,7 @@ def check_vision(config: TrainCommand, tower: Tower | None, encoder: bool = Fals
     unknown = [part for part in vision.freeze if part not in PARTS]
     if unknown:
         raise InputError(f"vision.freeze names {unknown[0]}; the parts are {', '.join(PARTS)}.")
-    if set(vision.freeze) == set(PARTS) and (not encoder or config.time_series.freeze):
+    if set(vision.freeze) == set(PARTS) and not hears:
         raise InputError(f"vision.freeze=[{','.join(vision.freeze)}] leaves nothing that learns.")
     if "decoder" in vision.freeze and config.parallel.pipeline > 1:
         raise InputError(
@@ -47,7 +47,7 @@ def check_vision(config: TrainCommand, tower: Tower | None, encoder: bool = Fals
             raise InputError(
                 f"vision.{part}_lr has no effect with vision.freeze=[{','.join(vision.freeze)}]; leave one of them out."
             )
-    if vision.warmup_steps and {"tower", "projector"} <= set(vision.freeze):
+    if vision.warmup_steps and {"tower", "projector"} <= set(vision.freeze) and not hears:
         raise InputError(f"vision.warmup_steps={vision.warmup_steps} trains tower and projector, and both are frozen.")
     if vision.warmup_steps > config.train.steps:
         raise InputError(f"vision.warmup_steps={vision.warmup_steps} is more than train.steps={config.train.steps}.")
@@ -72,14 +72,14 @@ def check_deepstack(parallel: Parallel, tower: Tower | None, layers: int) -> Non
         )
 
 
-def check_time_series(config: TrainCommand, encoder: Any) -> None:
-    """Check how an encoder of time series learns, for a model that has this one or none.
+def check_time_series(config: TrainCommand, encoder: bool) -> None:
+    """Check how an encoder of time series learns, for a model that has one or none.
 
     Raises:
         InputError: the first setting that has no effect.
     """
     given = changed(config.time_series, "time_series")
-    if encoder is None and given:
+    if given and not encoder:
         raise InputError(f"{given[0]} is for a model with an encoder of time series and this one has none.")
     if config.time_series.freeze and config.time_series.lr != 1.0:
         raise InputError(f"time_series.lr={config.time_series.lr} has no effect with time_series.freeze=true; leave one out.")
