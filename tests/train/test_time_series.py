@@ -64,6 +64,10 @@ def words(shards: Path, run: Path, **changes: Any) -> list[str]:
 def ran(shards: Path, run: Path, **changes: Any) -> list[dict[str, Any]]:
     done = moexpand(*words(shards, run, **changes))
     assert done.returncode == 0, done.stderr
+    return rows_of(run)
+
+
+def rows_of(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -86,6 +90,22 @@ def parent(heard: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return exported(folder / "run", folder / "parent")
 
 
+@pytest.fixture(scope="module")
+def still(heard: Path, parent: Path) -> Path:
+    """A step from the parent that moves nothing, evaluated."""
+    run = parent.with_name("still")
+    ran(heard, run, **from_checkpoint(parent), **{"train.steps": 1, "optim.lr": 0.0, "evaluate.every": 1})
+    return run
+
+
+@pytest.fixture(scope="module")
+def deaf(heard: Path, parent: Path) -> Path:
+    """The same on the text of the samples alone."""
+    run = parent.with_name("deaf")
+    ran(heard, run, **from_checkpoint(parent), **{"train.steps": 1, "optim.lr": 0.0, "data.time_series": "off"})
+    return run
+
+
 def test_an_exported_parent_says_its_encoder(parent: Path) -> None:
     config = json.loads((parent / "config.json").read_text())
     assert config["ts_token_id"] == TS_CONTEXT
@@ -96,9 +116,8 @@ def test_an_exported_parent_says_its_encoder(parent: Path) -> None:
     assert "encoder.layers.0.self_attn.k_proj.bias" not in names
 
 
-def test_import_and_export_give_every_bit_back(heard: Path, parent: Path, tmp_path: Path) -> None:
-    ran(heard, tmp_path / "run", **from_checkpoint(parent), **{"train.steps": 1, "optim.lr": 0.0})
-    before, after = tensors(parent), tensors(exported(tmp_path / "run", tmp_path / "back"))
+def test_import_and_export_give_every_bit_back(parent: Path, still: Path, tmp_path: Path) -> None:
+    before, after = tensors(parent), tensors(exported(still, tmp_path / "back"))
     assert before.keys() == after.keys()
     assert all(np.array_equal(value, after[name]) for name, value in before.items())
     assert (parent / "config.json").read_text() == (tmp_path / "back" / "config.json").read_text()
@@ -134,9 +153,8 @@ def test_a_frozen_encoder_stays_and_one_learns_alone(heard: Path, parent: Path, 
         assert np.array_equal(before["lm_head.weight"], after["lm_head.weight"]) != stays
 
 
-def test_series_that_are_turned_off_leave_their_text(heard: Path, parent: Path, tmp_path: Path) -> None:
-    (with_series,) = ran(heard, tmp_path / "on", **from_checkpoint(parent), **{"train.steps": 1})
-    (without,) = ran(heard, tmp_path / "off", **from_checkpoint(parent), **{"train.steps": 1, "data.time_series": "off"})
+def test_series_that_are_turned_off_leave_their_text(still: Path, deaf: Path) -> None:
+    (with_series,), (without,) = rows_of(still), rows_of(deaf)
     assert with_series["loss"] != without["loss"]
 
 
@@ -204,20 +222,18 @@ def test_an_encoder_that_is_not_computed_is_refused(
     assert says in sentence(done, 2)
 
 
-def test_without_series_the_token_of_their_places_is_one_of_text(heard: Path, parent: Path, tmp_path: Path) -> None:
+def test_without_series_the_token_of_their_places_is_one_of_text(heard: Path, parent: Path, deaf: Path, tmp_path: Path) -> None:
     """A tokenizer may use the id for a word, where series are turned off or the shards have none."""
     shutil.copytree(parent, tmp_path / "other")
     config = json.loads((parent / "config.json").read_text()) | {"ts_token_id": 220}  # the space, in qwen's ranks
     (tmp_path / "other" / "config.json").write_text(json.dumps(config))
     (row,) = ran(heard, tmp_path / "run", **from_checkpoint(tmp_path / "other"), **{"train.steps": 1, "data.time_series": "off"})
-    (due,) = ran(heard, tmp_path / "due", **from_checkpoint(parent), **{"train.steps": 1, "data.time_series": "off"})
-    assert row["loss"] == due["loss"]
+    assert row["loss"] == rows_of(deaf)[0]["loss"]
 
 
-def test_the_second_opinion_says_that_it_hears_nothing(heard: Path, parent: Path, tmp_path: Path) -> None:
-    ran(heard, tmp_path / "run", **from_checkpoint(parent), **{"train.steps": 1, "evaluate.every": 1})
+def test_the_second_opinion_says_that_it_hears_nothing(still: Path) -> None:
     with pytest.raises(InputError, match="trains on time series, which transformers does not compute"):
-        compare(tmp_path / "run")
+        compare(still)
 
 
 def test_transformers_computes_text_and_refuses_places_of_series(parent: Path) -> None:
