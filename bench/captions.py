@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from moexpand.conf.compose import from_yaml
-from moexpand.conf.schema import TrainCommand
+from moexpand.conf.train_schema import TrainCommand
 from moexpand.data.loader import PackedData
 from moexpand.data.stream import Encoded
 from moexpand.train import checkpoints, preflight

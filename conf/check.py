@@ -11,7 +11,8 @@ from typing import Protocol
 from moexpand.base.errors import InputError
 from moexpand.conf.check_encoders import Tower, check_deepstack
 from moexpand.conf.layers import layer_factors
-from moexpand.conf.schema import Balance, CalibrateCommand, Optim, Parallel, Router, TrainCommand
+from moexpand.conf.schema import CalibrateCommand
+from moexpand.conf.train_schema import Balance, Optim, Parallel, Router, TrainCommand
 
 
 class Numbers(Protocol):

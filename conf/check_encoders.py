@@ -5,7 +5,7 @@ from typing import Protocol
 
 from moexpand.base.errors import InputError
 from moexpand.conf.fields import changed
-from moexpand.conf.schema import Parallel, TrainCommand
+from moexpand.conf.train_schema import Parallel, TrainCommand
 
 PARTS = ("tower", "projector", "decoder")
 

@@ -5,7 +5,7 @@ Everything that the trainer needs of Megatron-Core goes through this class.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,44 +23,13 @@ from moexpand.parallel.head import gather_vocabulary
 from moexpand.parallel.model import build_stages
 from moexpand.parallel.moe import GroupedMoELayer
 from moexpand.parallel.optimizer import AdamSettings, Rates
-from moexpand.parallel.ranks import Ranks
+from moexpand.parallel.ranks import Ranks, any_rank
 from moexpand.parallel.replay import Routes
 from moexpand.parallel.router import GroupedRouter
 from moexpand.parallel.shape import DTYPES, Layout, ModelShape, RouterRules
 from moexpand.parallel.stage import Stage
+from moexpand.parallel.step_report import Refusal, StepReport, why_not
 from moexpand.parallel.watch import RouterWatch
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What one optimiser step did, the same on every rank.
-
-    Attributes:
-        loss: sum of the losses of the unmasked tokens of the global batch, divided by their number.
-        tokens: that number.
-        grad_norm: of all gradients before clipping.
-        skipped: a gradient was not finite and the weights stayed.
-        dispatched: float64 [layers, experts], token copies sent to each expert.
-        balance, group_balance, z_loss: float64 [layers], means over the unmasked tokens, without their coefficients;
-            `group_balance` is 0 where it has no coefficient.
-        rank_rows: float64 [ranks], rows that the experts of each rank computed, over its layers and micro-batches.
-        seconds: this rank's time in the parts of the step (empty unless asked for).
-        watched: what the `RouterWatch` found, by name, float64 [layers] (empty without one).
-        routes: [T, layers, K] of each of this data-parallel rank's micro-batches, where recording was asked for.
-    """
-
-    loss: float
-    tokens: int
-    grad_norm: float
-    skipped: bool
-    dispatched: torch.Tensor
-    balance: torch.Tensor
-    group_balance: torch.Tensor
-    z_loss: torch.Tensor
-    rank_rows: torch.Tensor
-    seconds: dict[str, float] = field(default_factory=dict)
-    watched: dict[str, torch.Tensor] = field(default_factory=dict)
-    routes: list[np.ndarray] | None = None
 
 
 class Engine:
@@ -71,6 +40,8 @@ class Engine:
         self.stages: list[Stage] = build_stages(shape, layout, rules, DTYPES[precision])
         self.wrapped: list[Any] = []
         self.optimizer: Any = None
+        self.before_update: Callable[[], None] = lambda: None
+        """Called when a step's gradients are there and weights and states are about to change."""
 
     def fill(self, read: weights.Reader, order: weights.Order = weights.as_they_lie) -> set[str]:
         """Load weights by Hugging Face name, in this order; returns the names that this rank read."""
@@ -95,6 +66,7 @@ class Engine:
         routes: Sequence[np.ndarray] | None = None,
         record: bool = False,
         watch: RouterWatch | None = None,
+        refused: Refusal | None = None,
     ) -> StepReport:
         """One optimiser step on this rank's micro-batches of the global batch (equally many on every data rank).
 
@@ -104,18 +76,20 @@ class Engine:
                 on none.
             record: give back the routes.
             watch: looks at the routers' work and measures the parts of the step.
+            refused: why an update is not wanted, given loss and gradient norm, both finite (empty: it is); must say the same on
+                all ranks.
 
         Raises:
             InputError: on all ranks, where the routes of one are not for this model and its micro-batches.
         """
         rates = lr if isinstance(lr, Rates) else Rates(lr)
         if watch is None:
-            return self._step(batches, rates, self._routes(batches, routes, record))
+            return self._step(batches, rates, self._routes(batches, routes, record), refused)
         with phases.measured() as seconds, watch.watching(self.routers):
-            report = self._step(batches, rates, self._routes(batches, routes, record))
+            report = self._step(batches, rates, self._routes(batches, routes, record), refused)
         return replace(report, seconds=dict(seconds), watched=watch.take(self.shape.num_hidden_layers))
 
-    def _step(self, batches: Sequence[PackedBatch], rates: Rates, routes: Routes | None) -> StepReport:
+    def _step(self, batches: Sequence[PackedBatch], rates: Rates, routes: Routes | None, refused: Refusal | None) -> StepReport:
         for wrapped in self.wrapped:
             wrapped.train()
             wrapped.zero_grad_buffer()
@@ -125,21 +99,23 @@ class Engine:
             layer.experts.rows_computed = 0
         with phases.timed("forward_backward"):
             loss_sum, tokens, recorded = self._run(self.wrapped, batches, False, routes)
+        self.before_update()
         for layer in self.moe_layers:
             layer.end_passes()
         with phases.timed("optimizer"):
             optimizer.set_learning_rates(self.optimizer, rates)
-            grad_norm, updated = optimizer.update(self.optimizer)
+            loss = loss_sum / max(tokens, 1)
+            grad_norm, skipped = optimizer.update(self.optimizer, partial(why_not, refused, loss))
         table, rank_rows = self._statistics()
         for layer in self.moe_layers:
-            layer.end_step(table[layer.router.layer, :-3], updated)
+            layer.end_step(table[layer.router.layer, :-3], not skipped)
         table = table.cpu()
         balance, group_balance, z_loss = (table[:, -3:] / max(tokens, 1)).unbind(1)
         return StepReport(
-            loss=loss_sum / max(tokens, 1),
+            loss=loss,
             tokens=int(tokens),
             grad_norm=grad_norm,
-            skipped=not updated,
+            skipped=skipped,
             dispatched=table[:, :-3],
             balance=balance,
             group_balance=group_balance,
@@ -147,6 +123,13 @@ class Engine:
             rank_rows=rank_rows,
             routes=recorded,
         )
+
+    def is_finite(self) -> bool:
+        """Whether every weight of every rank is a finite number."""
+        with optimizer.weights_settled(self.wrapped), torch.no_grad():
+            largest = [torch.linalg.vector_norm(each, torch.inf) for stage in self.stages for each in stage.parameters()]
+            finite = bool(torch.stack(largest).double().isfinite().all())
+        return not any_rank(not finite)[0]
 
     def evaluate(self, batches: Sequence[PackedBatch]) -> tuple[float, int]:
         """Loss per token and number of tokens of this rank's batches and all other ranks', without gradients."""

@@ -1,7 +1,6 @@
 """Megatron-Core's distributed optimiser around AdamW, and its data-parallel wrapper."""
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -153,22 +152,26 @@ def apply_settings(optimizer: Any, settings: AdamSettings) -> None:
         group["betas"], group["eps"] = (settings.beta1, settings.beta2), settings.eps
 
 
-def update(optimizer: Any) -> tuple[float, bool]:
-    """Clip and apply the gradients; where they are not finite the weights, the moments and Adam's step count stay.
+def update(optimizer: Any, refused: Callable[[float], str]) -> tuple[float, str]:
+    """Clip and apply the gradients; where they are refused the weights, the moments and Adam's step count stay.
+
+    Args:
+        refused: says why not, given the gradient norm before clipping, which is the same on all ranks.
 
     Returns:
-        The gradient norm before clipping, the same on all ranks, and whether the weights were updated.
+        That norm, and why the weights were not updated (empty when they were).
     """
     optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())
-    if not math.isfinite(norm):
-        return norm, False
+    why = refused(norm)
+    if why:
+        return norm, why
     for part in optimizer.chained_optimizers:
         if part.config.clip_grad > 0 and not part.is_stub_optimizer:
             # Looked up here, as cpu.enable() puts another one in its place.
             megatron_optimizer.clip_grad_by_total_norm_fp32(part.get_parameters(), part.config.clip_grad, norm)
     optimizer.step_with_ready_grads()
-    return norm, True
+    return norm, ""
 
 
 def _copy_gradients(optimizer: Any) -> None:

@@ -109,6 +109,11 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def is_main() -> bool:
+    """Whether this is rank 0."""
+    return dist.get_rank() == 0
+
+
 def gather(value: Any) -> list[Any]:
     """Every rank's value, in order of the ranks, on every rank."""
     values = [None] * dist.get_world_size()
@@ -134,8 +139,8 @@ def barrier() -> None:
     dist.barrier()
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether the flag is set on any rank."""
-    votes = torch.tensor([float(flag)], device=cpu.device())
+def any_rank(*flags: bool) -> tuple[bool, ...]:
+    """Whether each flag is set on any rank."""
+    votes = torch.tensor([float(flag) for flag in flags], device=cpu.device())
     dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-    return bool(votes.item())
+    return tuple(bool(vote) for vote in votes.tolist())

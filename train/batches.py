@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from moexpand.base.errors import EnvironmentFailure, InputError
-from moexpand.conf.schema import TrainCommand
+from moexpand.conf.train_schema import TrainCommand
 from moexpand.data.loader import MicroBatch, PackedData
 from moexpand.train.run_data import open_data
 

@@ -1,6 +1,7 @@
-"""The run folder's checkpoints: written under a temporary name, listed with checksums, published by one rename.
+"""What a run folder holds of checkpoints: which there are, which are whole, which one a run goes on from.
 
-checkpoints/step_0000100/   Megatron-Core's shards, trainer.json (step, tokens, ...), manifest.json (SHA-256 of each file)
+checkpoints/step_0000100/   Megatron-Core's shards, trainer.json (step, tokens, ...), config.yaml, manifest.json (size and
+                            checksum of each file)
 checkpoints/latest          the name of the newest one; moves last
 """
 
@@ -13,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from moexpand.base.errors import EnvironmentFailure, InputError
-from moexpand.base.files import PARTIAL, disk_errors, fsync_folder, read_json, sha256, write_atomic, write_json
-from moexpand.parallel import checkpoint, ranks
-from moexpand.parallel.engine import Engine
+from moexpand.base.files import PARTIAL, disk_errors, fact_of, read_json, sha256
+from moexpand.parallel import ranks
 from moexpand.train.preflight import CHECKPOINTS as FOLDER
 
 NAME = "step_{:07d}"
@@ -32,12 +32,14 @@ class Progress:
     """Where a run stands.
 
     Attributes:
-        step: optimiser steps done.
+        step: optimiser steps done, skipped ones included.
         tokens: unmasked tokens trained on.
         fixed: settings that must be the same when the run goes on, by key.
         noted: settings that may change but bend the curve, by key.
         wandb_id: identity of the run in W&B.
         bad: of each source, the keys of the unreadable samples that any rank has met, each with what is wrong.
+        made_by: versions of moexpand and of what it stands on, and the git revision, for the reader.
+        guard: what the guard remembers of the last steps (`guard.History`).
     """
 
     step: int
@@ -46,53 +48,13 @@ class Progress:
     noted: dict[str, Any]
     wandb_id: str
     bad: list[dict[str, str]] = field(default_factory=list)
+    made_by: dict[str, str] = field(default_factory=dict)
+    guard: dict[str, Any] = field(default_factory=dict)
 
 
 def new_identity() -> str:
     """An identity for a new run, kept in its checkpoints."""
     return uuid.uuid4().hex[:12]
-
-
-def save(engine: Engine, run: Path, progress: Progress, keep: int) -> Path:
-    """Write a checkpoint, publish it, point `latest` at it and remove the oldest beyond `keep`. All ranks call this together."""
-    final = run / FOLDER / NAME.format(progress.step)
-    building = final.with_name(f".{final.name}{PARTIAL}")
-    with disk_errors(f"writing {final}"):
-        if engine.ranks.main:
-            building.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(building, ignore_errors=True)
-            building.mkdir()
-        ranks.barrier()
-        checkpoint.save(engine, building, {"step": progress.step})
-        if engine.ranks.main:
-            write_json(building / TRAINER, vars(progress))
-        ranks.barrier()
-        facts = {name: fact for part in ranks.gather(_seal(building, engine.ranks)) for name, fact in part.items()}
-        if engine.ranks.main:
-            _publish(building, final, facts)
-            for old in list_steps(run)[:-keep] if keep else []:
-                shutil.rmtree(run / FOLDER / NAME.format(old))
-        ranks.barrier()
-    return final
-
-
-def _seal(building: Path, here: ranks.Ranks) -> dict[str, dict[str, Any]]:
-    """Make this rank's share of the files durable; returns size and checksum of each."""
-    facts = {}
-    for path in sorted(building.iterdir())[here.world_rank :: here.world_size]:
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-        facts[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-    return facts
-
-
-def _publish(building: Path, final: Path, facts: dict[str, dict[str, Any]]) -> None:
-    write_json(building / MANIFEST, dict(sorted(facts.items())))
-    fsync_folder(building)
-    shutil.rmtree(final, ignore_errors=True)
-    os.rename(building, final)
-    fsync_folder(final.parent)
-    write_atomic(final.parent / LATEST, final.name + "\n")
 
 
 def list_steps(run: Path) -> list[int]:
@@ -129,7 +91,9 @@ def damage(folder: Path, share: slice = slice(None)) -> str | None:
             return f"{path} is missing."
         if path.stat().st_size != facts["bytes"]:
             return f"{path} has {path.stat().st_size:,} bytes instead of {facts['bytes']:,}."
-        if sha256(path) != facts["sha256"]:
+        # Checkpoints of earlier versions have a SHA-256.
+        found, due = (sha256(path), facts["sha256"]) if "sha256" in facts else (fact_of(path).xxh3, facts["xxh3"])
+        if found != due:
             return f"{path} does not have the checksum that {MANIFEST} gives."
     return None
 

@@ -1,5 +1,6 @@
 """Held-out loss, the same number whatever the layout."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -29,10 +30,24 @@ class HeldOut:
             for batch in batches[here.data_rank :: here.data_size]
         ]
 
-    def evaluate(self, engine: Engine) -> dict[str, float]:
-        """Loss per unmasked token, the number of those tokens, the entropy of their own frequencies (all in nats)."""
-        loss, tokens = engine.evaluate(self._mine)
-        return {"held_out_loss": loss, "held_out_tokens": tokens, "unigram_entropy": self._unigram_entropy}
+    def evaluate(self, engine: Engine, interrupted: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
+        """Loss per unmasked token, the number of those tokens, the entropy of their own frequencies (losses in nats).
+
+        Args:
+            interrupted: asked on all ranks together between batches; when it says so nothing is returned.
+        """
+        size = engine.layout.pipeline  # as many as fill the stages
+        loss_sum, tokens = 0.0, 0
+        for first in range(0, len(self._mine), size):
+            if interrupted():
+                return None
+            loss, count = engine.evaluate(self._mine[first : first + size])
+            loss_sum, tokens = loss_sum + loss * count, tokens + count
+        return {
+            "held_out_loss": loss_sum / max(tokens, 1),
+            "held_out_tokens": tokens,
+            "unigram_entropy": self._unigram_entropy,
+        }
 
 
 def _masked(batch: MicroBatch) -> MicroBatch:

@@ -10,7 +10,8 @@ from typing import Any
 from moexpand.base.errors import InputError
 from moexpand.base.files import refuse_existing
 from moexpand.conf.compose import from_yaml
-from moexpand.conf.schema import ExportCommand, TrainCommand
+from moexpand.conf.schema import ExportCommand
+from moexpand.conf.train_schema import TrainCommand
 from moexpand.train import checkpoints, preflight
 from moexpand.train.preflight import PLAN, Source
 from moexpand.train.run_data import open_data

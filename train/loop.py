@@ -3,13 +3,14 @@
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from moexpand.base.errors import Stopped
+from moexpand.base.failpoints import failpoint
 from moexpand.base.files import write_atomic
 from moexpand.conf.compose import to_yaml
-from moexpand.conf.schema import TrainCommand
+from moexpand.conf.train_schema import TrainCommand
 from moexpand.data.loader import PackedData
 from moexpand.parallel import checkpoint, cpu, ranks
 from moexpand.parallel.batch import PackedBatch
@@ -20,9 +21,12 @@ from moexpand.train.batches import Batches
 from moexpand.train.checkpoints import Progress
 from moexpand.train.display import Display
 from moexpand.train.evaluation import HeldOut
+from moexpand.train.guard import Guard, History
 from moexpand.train.metrics import console_line, source_row, step_row
 from moexpand.train.preflight import PLAN, Source
+from moexpand.train.provenance import made_by
 from moexpand.train.records import Records
+from moexpand.train.saving import Saver
 from moexpand.train.schedules import decoder_multiplier, learning_rate, router_multiplier
 from moexpand.train.signals import StopRequest
 from moexpand.train.telemetry import Telemetry, telemetry_notes
@@ -34,6 +38,7 @@ def train(config: TrainCommand, source: Source, data: PackedData, here: ranks.Ra
 
     Raises:
         Stopped: a signal asked for it; a checkpoint was saved.
+        CheckFailed: too many steps in a row were skipped, or a weight is not finite; nothing is saved.
         InputError, EnvironmentFailure: as the sentence says; nothing half-written is left under a final name.
     """
     run, steps = Path(config.run.dir), config.train.steps
@@ -49,25 +54,40 @@ def train(config: TrainCommand, source: Source, data: PackedData, here: ranks.Ra
         telemetry = Telemetry(config.track, source, engine)
         for note in [*notes, *data.left_out(), *telemetry_notes(config.track, source)]:
             display.say(note)
-
-        def evaluate() -> None:
-            if held_out is None or (progress.step % config.evaluate.every and progress.step != steps):
-                return
-            row = {"step": progress.step, "tokens": progress.tokens, **held_out.evaluate(engine)}
-            records.evaluation(row)
-            display.say(f"step {progress.step}/{steps}  held-out loss {row['held_out_loss']:.4f}")
-
         told = {key for met in progress.bad for key in met}
         read = Batches(data, config, here.data_rank, here.data_size, progress.step)
-        if ranks.broadcast(records.lacks_evaluation(progress.step)):  # at the start, or the stop came before it
-            evaluate()
-        while progress.step < steps:
+        guard = Guard(config.guard, History(**progress.guard))
+        saver = Saver(engine, run, config.save, to_yaml(config), progress.step, records)
+        to_evaluate = held_out is not None and ranks.broadcast(records.lacks_evaluation(progress.step))
+        records.event("started", progress.step, f"training from step {progress.step} to {steps} on {here.world_size} ranks")
+        while True:
+            # Between two steps: publish what was written meanwhile, save, stop, evaluate.
+            stopping, writing = ranks.any_rank(stop.asked, saver.writing)
+            saver.poll(writing)
+            due = progress.step == steps or (config.save.every and progress.step and progress.step % config.save.every == 0)
+            if (stopping or due) and saver.newest != progress.step:
+                progress = replace(progress, bad=_bad_of_all_ranks(data), guard=asdict(guard.history))
+                saver.save(progress, wait=stopping or progress.step == steps)
+            if stopping and progress.step < steps:
+                saver.settle(fatal=True)
+                raise Stopped(_stopped(records, progress.step, steps))
+            if held_out is not None and to_evaluate and _evaluation_due(config, progress.step):
+                found = held_out.evaluate(engine, lambda: ranks.any_rank(stop.asked)[0])
+                if found is None:
+                    continue
+                records.evaluation({"step": progress.step, "tokens": progress.tokens, **found})
+                display.say(f"step {progress.step}/{steps}  held-out loss {found['held_out_loss']:.4f}")
+            to_evaluate = True
+            if progress.step == steps:
+                break
+
+            # One step.
+            failpoint("step")
             began = time.perf_counter()
             batches = [PackedBatch.from_arrays(each, cpu.device(), engine.shape, data.pixel_table) for each in next(read)]
             _tell_bad_samples(data, told, display.say if here.main else print)
-            lr = learning_rate(config.optim, progress.step, steps)
-            rates = rates_at(config, progress.step, lr)
-            report = engine.step(batches, rates, watch=telemetry.watch(progress.step + 1))
+            rates = rates_at(config, progress.step, learning_rate(config.optim, progress.step, steps))
+            report = engine.step(batches, rates, watch=telemetry.watch(progress.step + 1), refused=guard.refused)
             progress = replace(progress, step=progress.step + 1, tokens=progress.tokens + report.tokens)
             seconds, groups = time.perf_counter() - began, source.architecture.router_n_groups
             row = step_row(report, progress, rates, seconds, read.waited, groups) | telemetry.row(progress.step, report)
@@ -80,15 +100,22 @@ def train(config: TrainCommand, source: Source, data: PackedData, here: ranks.Ra
             records.step(row)
             display.say(console_line(row, steps))
             display.advance(progress.step, f"loss {report.loss:.4f}")
-            stopping = stop.anywhere()
-            if stopping or progress.step == steps or (config.save.every and progress.step % config.save.every == 0):
-                progress = replace(progress, bad=_bad_of_all_ranks(data))
-                display.say(f"saved {checkpoints.save(engine, run, progress, config.save.keep)}")
-            if stopping and progress.step < steps:
-                raise Stopped(
-                    f"Stopped by a signal after step {progress.step} of {steps}; a checkpoint is saved, start again to go on."
-                )
-            evaluate()
+            if report.skipped:
+                records.event("skipped", progress.step, f"step {progress.step} is skipped: {report.skipped}", warning=True)
+            elif guard.warning:
+                records.event("leapt", progress.step, f"step {progress.step}: {guard.warning}", warning=True)
+            guard.note(progress.step, report.loss, report.grad_norm, report.skipped)
+        records.event("finished", steps, f"all {steps} steps are done")
+
+
+def _evaluation_due(config: TrainCommand, step: int) -> bool:
+    return step % config.evaluate.every == 0 or step == config.train.steps
+
+
+def _stopped(records: Records, step: int, steps: int) -> str:
+    sentence = f"Stopped by a signal after step {step} of {steps}; a checkpoint is saved, start again to go on."
+    records.event("stopped", step, sentence)
+    return sentence
 
 
 def rates_at(config: TrainCommand, step: int, lr: float) -> Rates:
@@ -131,7 +158,7 @@ def _start(config: TrainCommand, source: Source, data: PackedData, here: ranks.R
         setup.fill(engine, source, config.seed)
         notes += setup.rounded_routers(config, source)
         engine.prepare_training(setup.adam_of(config))
-        return engine, Progress(0, 0, fixed, noted, ranks.broadcast(checkpoints.new_identity())), notes
+        return engine, Progress(0, 0, fixed, noted, ranks.broadcast(checkpoints.new_identity()), made_by=made_by()), notes
     progress = checkpoints.read_progress(folder)
     notes += checkpoints.compare(progress, fixed, noted, folder)
     if any(progress.bad):
@@ -140,4 +167,4 @@ def _start(config: TrainCommand, source: Source, data: PackedData, here: ranks.R
     engine.prepare_training(setup.adam_of(config))
     checkpoint.load(engine, folder)
     notes.append(f"going on from {folder} (step {progress.step} of {config.train.steps})")
-    return engine, replace(progress, noted=noted), notes
+    return engine, replace(progress, noted=noted, made_by=made_by()), notes

@@ -12,10 +12,6 @@ from moexpand.data.loader import PackedData
 from moexpand.parallel.engine import StepReport
 from moexpand.parallel.optimizer import Rates
 from moexpand.train.checkpoints import Progress
-from moexpand.train.tables import EVALUATIONS as EVALUATIONS
-from moexpand.train.tables import METRICS as METRICS
-from moexpand.train.tables import Table as Table
-from moexpand.train.tables import read_rows as read_rows
 
 
 def load_metrics(dispatched: torch.Tensor, groups: int) -> dict[str, float]:
@@ -76,7 +72,7 @@ def step_row(
         "tokens_per_second": report.tokens / seconds,
         "seconds": seconds,
         "data_seconds": data_seconds,
-        "skipped": int(report.skipped),
+        "skipped": int(bool(report.skipped)),
         "moe/balance_loss": float(report.balance.mean()),
         **({"moe/group_balance_loss": float(report.group_balance.mean())} if report.group_balance.any() else {}),
         "moe/z_loss": float(report.z_loss.mean()),

@@ -9,7 +9,7 @@ from moexpand.base.files import read_json
 from moexpand.conf.check import check_train
 from moexpand.conf.check_encoders import check_time_series, check_vision
 from moexpand.conf.fields import changed
-from moexpand.conf.schema import TrainCommand
+from moexpand.conf.train_schema import TrainCommand
 from moexpand.data.loader import PackedData
 from moexpand.train.fresh import fresh_architecture
 from moexpand.train.run_data import open_data

@@ -1,13 +1,18 @@
-"""What rank 0 writes down of a run: metrics.jsonl, evaluations.jsonl and W&B; other ranks write nothing."""
+"""What rank 0 writes down of a run: metrics.jsonl, evaluations.jsonl, events.jsonl and W&B; other ranks write nothing.
 
+None of it can stop the run: what cannot be written is told and waits, or is left out.
+"""
+
+import datetime
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from moexpand.conf.schema import TrainCommand
+from moexpand.conf.train_schema import TrainCommand
 from moexpand.train.checkpoints import Progress
-from moexpand.train.metrics import EVALUATIONS, METRICS, Table
+from moexpand.train.tables import EVALUATIONS, EVENTS, METRICS, Table
 from moexpand.train.tracking import Tracker
 
 
@@ -15,13 +20,16 @@ class Records:
     """Open tables and the tracker of a run that stands at `progress`."""
 
     def __init__(self, config: TrainCommand, progress: Progress, main: bool, say: Callable[[str], None]) -> None:
-        self._main = main
+        self._main, self._say = main, say
         if not main:
             return
         run = Path(config.run.dir)
         kept = progress.step if progress.step else -1  # a run that starts anew keeps nothing of an earlier attempt
-        self._steps = Table(run / METRICS, kept)
-        self._evaluations = Table(run / EVALUATIONS, kept)
+        self._steps = Table(run / METRICS, kept, say)
+        self._evaluations = Table(run / EVALUATIONS, kept, say)
+        self._events = Table(run / EVENTS, sys.maxsize if progress.step else -1, say)
+        self.held_out = {row["step"]: row["held_out_loss"] for row in self._evaluations.rows}
+        """Held-out losses by step (on rank 0)."""
         self._tracker = Tracker(config.track, run, progress.wandb_id, asdict(config), say)
 
     def step(self, row: dict[str, Any]) -> None:
@@ -34,14 +42,23 @@ class Records:
         """Write down an evaluation."""
         if self._main:
             self._evaluations.append(row)
+            self.held_out[row["step"]] = row["held_out_loss"]
             self._tracker.log(row)
+
+    def event(self, kind: str, step: int, text: str, warning: bool = False) -> None:
+        """Write down and tell what happened: `started`, `saved`, `skipped`, `stopped`, `finished`, ..."""
+        self._say(f"WARNING: {text}" if warning else text)
+        if self._main:
+            now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            self._events.append({"time": now, "step": step, "event": kind, "text": text})
 
     def lacks_evaluation(self, step: int) -> bool:
         """Whether no evaluation of this step is written down (rank 0 knows)."""
-        return self._main and step not in self._evaluations.steps
+        return self._main and step not in self.held_out
 
     def close(self) -> None:
         if self._main:
             self._steps.close()
             self._evaluations.close()
+            self._events.close()
             self._tracker.finish()

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from moexpand.base.errors import CheckFailed, InputError, MoexpandError
 from moexpand.conf.compose import from_yaml
-from moexpand.conf.schema import TrainCommand
+from moexpand.conf.train_schema import TrainCommand
 from moexpand.data.images import ImageProcessor, ImageSettings
 from moexpand.data.loader import MicroBatch
-from moexpand.train.metrics import EVALUATIONS, read_rows
 from moexpand.train.preflight import PLAN
 from moexpand.train.run_data import open_data
 from moexpand.train.run_inputs import architecture_of
+from moexpand.train.tables import EVALUATIONS, read_rows
 
 if TYPE_CHECKING:
     import torch

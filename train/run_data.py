@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from moexpand.base.errors import InputError
-from moexpand.conf.schema import TrainCommand
+from moexpand.conf.train_schema import TrainCommand
 from moexpand.data.loader import PackedData
 from moexpand.data.stream import Reading, Source
 from moexpand.train.fresh import fresh_architecture

@@ -2,7 +2,7 @@
 
 import math
 
-from moexpand.conf.schema import Optim, Router, Vision
+from moexpand.conf.train_schema import Optim, Router, Vision
 
 
 def learning_rate(optim: Optim, step: int, steps: int) -> float:

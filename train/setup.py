@@ -5,7 +5,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from moexpand.conf.layers import layer_factors
-from moexpand.conf.schema import Parallel, TrainCommand
+from moexpand.conf.train_schema import Parallel, TrainCommand
 from moexpand.data.loader import PackedData
 from moexpand.data.packing import PACKING
 from moexpand.parallel.engine import Engine

@@ -1,23 +1,34 @@
-"""Requests to stop, noticed between steps on all ranks alike."""
+"""Requests to stop. They are remembered from a worker's first moment on, before torch is imported, and noticed between steps
+and between the batches of an evaluation, on all ranks alike."""
 
 import signal
+import time
 from types import FrameType
 
-from moexpand.parallel import ranks
+ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+ECHO_SECONDS = 10.0
+"""Launchers and batch systems pass signals on, each to every process, so that one request arrives several times."""
 
 
 class StopRequest:
-    """Remembers SIGTERM, SIGUSR1 and SIGINT; the second signal of a kind acts at once."""
+    """Remembers the first signal that asks for a stop; another that comes more than ten seconds later acts at once."""
 
     def __init__(self) -> None:
         self.name: str | None = None
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        self._first = 0.0
+        for number in ASKING:
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.name = signal.Signals(number).name
-        signal.signal(number, signal.SIG_DFL)
+        now = time.monotonic()
+        if self.name is None:
+            self.name, self._first = signal.Signals(number).name, now
+        elif now - self._first > ECHO_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
-    def anywhere(self) -> bool:
-        """Whether any rank was asked to stop; all ranks call this together."""
-        return ranks.any_rank(self.name is not None)
+    @property
+    def asked(self) -> bool:
+        """Whether this rank was asked to stop."""
+        return self.name is not None

@@ -1,43 +1,78 @@
 """The tables of a run folder: rows with a `step`, a line of JSON each, every step once. Nothing here imports torch."""
 
+import errno
 import json
 import math
+import os
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from moexpand.base.errors import InputError
+from moexpand.base.errors import EnvironmentFailure, InputError
+from moexpand.base.failpoints import failpoint
 from moexpand.base.files import disk_errors, write_atomic
 
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
+EVENTS = "events.jsonl"
 
 Rows = list[dict[str, Any]]
 
 
 class Table:
-    """A .jsonl file of rows with a `step`; going on from step N first removes what an interrupted run wrote beyond it.
+    """A .jsonl file of rows with a `step`, which a run adds to.
 
-    Below 0 that is everything.
+    A disk that cannot take a row does not stop the run: rows wait in memory and follow when it can again.
+
+    Args:
+        step: going on from this step first removes the rows beyond it, which an interrupted run wrote; below 0 that is all.
+        say: where a line goes when rows have to wait, and when they no longer do.
     """
 
-    def __init__(self, path: Path, step: int) -> None:
-        self.path = path
-        kept = [row for row in read_rows(path) if row["step"] <= step] if step >= 0 else []
-        self.steps = {row["step"] for row in kept}
+    def __init__(self, path: Path, step: int, say: Callable[[str], None] = print) -> None:
+        self.path, self._say = path, say
+        self.rows = [row for row in read_rows(path) if row["step"] <= step] if step >= 0 else []
+        self._waiting: list[bytes] = []
         with disk_errors(f"writing {path}"):
-            write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
-            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run, see close()
+            write_atomic(path, "".join(json.dumps(row) + "\n" for row in self.rows))
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - open as long as the run, see close()
 
     def append(self, row: dict[str, Any]) -> None:
         """Write one row and hand it to the operating system; JSON has no NaN, so numbers that are not finite become null."""
-        with disk_errors(f"writing {self.path}"):
-            finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
-            self._file.write(json.dumps(finite) + "\n")
-            self._file.flush()
+        finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+        waited = bool(self._waiting)
+        self._waiting.append(json.dumps(finite).encode() + b"\n")
+        try:
+            with disk_errors(f"writing {self.path}"):
+                self._write_waiting()
+        except EnvironmentFailure as error:
+            if not waited:
+                self._say(f"WARNING: {error} Training goes on; rows wait in memory until the disk can take them.")
+            return
+        if waited:
+            self._say(f"{self.path} is written again; nothing is missing.")
+
+    def _write_waiting(self) -> None:
+        failpoint("table.append")
+        lines, end = b"".join(self._waiting), self._file.seek(0, os.SEEK_END)
+        try:
+            written = self._file.write(lines)
+        except OSError:
+            self._file.truncate(end)
+            raise
+        if written != len(lines):  # no room for all of it, and half a row is none
+            self._file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._waiting = []
 
     def close(self) -> None:
+        """Try once more to write what waits."""
+        if self._waiting:
+            with suppress(OSError):
+                self._write_waiting()
         self._file.close()
 
 

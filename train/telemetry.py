@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
-from moexpand.conf.schema import Track
+from moexpand.conf.train_schema import Track
 from moexpand.parallel import cpu, phases
 from moexpand.parallel.engine import Engine, StepReport
 from moexpand.parallel.siblings import similarities

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moexpand.conf.schema import Track
+from moexpand.conf.train_schema import Track
 
 
 class Tracker:

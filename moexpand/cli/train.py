@@ -5,7 +5,7 @@ from pathlib import Path
 
 from moexpand.base.files import disk_errors, write_atomic
 from moexpand.conf.compose import to_yaml
-from moexpand.conf.schema import TrainCommand
+from moexpand.conf.train_schema import TrainCommand
 from moexpand.launch.local import command_line, run_workers
 from moexpand.train import preflight
 

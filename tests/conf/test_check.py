@@ -11,7 +11,8 @@ from moexpand.base.errors import InputError
 from moexpand.conf.check import check_experts, check_layout, check_train
 from moexpand.conf.check_encoders import check_vision
 from moexpand.conf.compose import compose
-from moexpand.conf.schema import Model, Parallel, TrainCommand, VisionModel
+from moexpand.conf.model_schema import Model, VisionModel
+from moexpand.conf.train_schema import Parallel, TrainCommand
 
 
 def config(*overrides: str) -> TrainCommand:

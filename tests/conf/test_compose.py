@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from moexpand.base.errors import InputError
 from moexpand.conf.compose import FOLDER, GROUPS, compose, from_yaml, group_options, to_yaml
-from moexpand.conf.schema import COMMANDS, TrainCommand
+from moexpand.conf.schema import COMMANDS
+from moexpand.conf.train_schema import TrainCommand
 
 NEEDED = ["run.dir=/runs/one", "data.shards=/shards"]
 

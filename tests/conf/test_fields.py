@@ -1,7 +1,8 @@
 """Keys that are not at their defaults, told as a command line gives them."""
 
 from moexpand.conf.fields import changed
-from moexpand.conf.schema import Balance, Model, Run, Vision, VisionModel
+from moexpand.conf.model_schema import Model, VisionModel
+from moexpand.conf.train_schema import Balance, Run, Vision
 
 
 def test_nothing_is_changed_by_default() -> None:

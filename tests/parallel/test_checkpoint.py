@@ -83,3 +83,54 @@ def test_other_layouts_go_on_with_the_optimiser(
     several = [Leg(sources[name], layout, "fp32", SAVED_AT, END, load=saved[name][0]) for name, layout in jobs]
     for (name, layout), (rows, _) in zip(jobs, run_on_ranks(legs, size, several)[0], strict=True):
         assert _close(rows, saved[name][1][SAVED_AT:], 1e-6), (name, layout, rows, saved[name][1][SAVED_AT:])
+
+
+def _saved_pieces(folder: Path, source: Path) -> dict[str, Any]:
+    """A checkpoint of two steps and, off the engine, what a few of its tensors are."""
+    from moexpand.parallel import checkpoint, optimizer_state, ranks
+
+    with runs.engine(source, {"expert": 2}, RULES, "bf16") as built:
+        runs.prepare(built)
+        runs.train(built, 0, 2)
+        writer = checkpoint.Writer(built)
+        if built.ranks.main:
+            folder.mkdir()
+        ranks.barrier()
+        writer.start(folder, {"step": 2}, background=True)
+        held = {name: value.float().numpy().copy() for name, value in built.stages[0].state_dict().items() if value is not None}
+        runs.train(built, 2, 4)  # the copy is of the states before these steps
+        writer.finish()
+        parts = optimizer_state.parts(built.optimizer)
+    return {"held": held, "moments": sum(shard.numel() for part in parts for shard in part.optimizer.state)}
+
+
+def test_torchs_own_reader_reads_what_was_copied_while_training_went_on(parent: Path, tmp_path: Path) -> None:
+    """Stacked as Megatron-Core names them; the file is no larger than its numbers (a view must not bring its whole memory)."""
+    import numpy as np
+    import torch
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    folder = tmp_path / "checkpoint"
+    answers = run_on_ranks(_saved_pieces, 2, folder, parent)
+    table = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    state = {
+        name: torch.empty(each.size, dtype=each.properties.dtype)
+        for name, each in table.items()
+        if isinstance(each, TensorStorageMetadata)
+    }
+    dcp.load(state, checkpoint_id=folder, no_dist=True)
+    held = [answer["held"] for answer in answers]
+    np.testing.assert_array_equal(state["output_layer.weight"].float(), held[0]["output_layer.weight"])
+    layers = sorted(name for name in held[0] if name.endswith("mlp.experts.down"))
+    whole = np.stack([np.concatenate([rank[name] for rank in held]) for name in layers])
+    np.testing.assert_array_equal(state["decoder.layers.mlp.experts.down"].float(), whole)
+    masters = state["optimizer.state.param.decoder.layers.mlp.experts.down"]
+    assert masters.dtype == torch.float32
+    np.testing.assert_array_equal(masters.bfloat16().float(), whole)
+    moments = state["optimizer.state.exp_avg_sq.decoder.layers.mlp.experts.down"]
+    assert bool((moments >= 0).all())
+    assert float(moments.max()) > 0
+    numbers = sum(tensor.nbytes for tensor in state.values())
+    written = sum(path.stat().st_size for path in folder.glob("*.distcp"))
+    assert numbers < written < numbers + 3000 * 3 * len(state) * 2

@@ -8,7 +8,8 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
 from moexpand.base.errors import InputError
 from moexpand.conf.check_encoders import check_deepstack
-from moexpand.conf.schema import Parallel, VisionModel
+from moexpand.conf.model_schema import VisionModel
+from moexpand.conf.train_schema import Parallel
 from moexpand.parallel.model import transformer_config
 from moexpand.parallel.shape import Layout, ModelShape
 

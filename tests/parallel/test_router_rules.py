@@ -74,7 +74,7 @@ def test_the_routers_learn_at_their_own_rate(tiny: Path) -> None:
 
 
 def test_the_routers_rate_warms_up_linearly() -> None:
-    from moexpand.conf.schema import Router
+    from moexpand.conf.train_schema import Router
     from moexpand.train.schedules import router_multiplier
 
     def first_six(**keys: Any) -> list[float]:

@@ -206,7 +206,7 @@ def block_child(tiny_child: Path) -> Path:
 
 def test_a_block_child_of_a_parent_without_groups_is_compared_with_plain_top_k(block_child: Path) -> None:
     """At step 0 it visits one of every pair of the parent's experts, where the parent takes the best 4 of 8."""
-    from moexpand.conf.schema import Track
+    from moexpand.conf.train_schema import Track
     from moexpand.train.telemetry import Telemetry
     from moexpand.upcycle.checkpoint import open_checkpoint
 
@@ -233,7 +233,7 @@ def test_a_block_child_of_a_parent_without_groups_is_compared_with_plain_top_k(b
 
 def test_the_parents_groups_are_known_or_the_overlap_is_left_out(tiny_child: Path, block_child: Path, tmp_path: Path) -> None:
     """From the record of the expansion or from the parent itself; a record without them tells by its map, or not at all."""
-    from moexpand.conf.schema import Track
+    from moexpand.conf.train_schema import Track
     from moexpand.train.preflight import Source
     from moexpand.train.telemetry import parent_routers, parents_of, telemetry_notes
     from moexpand.upcycle.checkpoint import open_checkpoint
@@ -290,7 +290,7 @@ def test_load_figures_are_those_of_numpy() -> None:
 
 def test_a_row_has_the_means_over_the_layers_that_know_a_figure() -> None:
     """At the steps that `track` names and the first; a figure that no layer knows is left out."""
-    from moexpand.conf.schema import Track
+    from moexpand.conf.train_schema import Track
     from moexpand.train.telemetry import Telemetry
 
     source: Any = SimpleNamespace(expansion=None, checkpoint=None)

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from moexpand.train.__main__ import run
-from moexpand.train.worker import work
+from moexpand.train.signals import StopRequest
+from moexpand.train.work import train_worker
 
 CALL = 4
 """The dispatch that fails: in the second step of a run of two layers and a micro-batch a rank."""
@@ -48,4 +48,4 @@ if __name__ == "__main__":
     (folder / f"pid.{os.environ['RANK']}").write_text(str(os.getpid()))
     if os.environ["RANK"] == "1":
         fail_in_dispatch({"dies": signal.SIGKILL, "hangs": signal.SIGSTOP}[how], folder)
-    sys.exit(work("train", sys.argv[3:], lambda config: Path(config.run.dir), run))
+    sys.exit(train_worker(sys.argv[3:], StopRequest()))

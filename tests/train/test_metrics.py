@@ -1,18 +1,19 @@
 """Load figures by hand, and tables that never hold a step twice."""
 
-import errno
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from moexpand.base.errors import EnvironmentFailure, InputError
+from moexpand.base.errors import InputError
 from moexpand.parallel.engine import StepReport
 from moexpand.parallel.optimizer import Rates
 from moexpand.train.checkpoints import Progress
-from moexpand.train.metrics import Table, console_line, load_metrics, read_rows, step_row
+from moexpand.train.metrics import console_line, load_metrics, step_row
+from moexpand.train.tables import Table, read_rows
 
 
 def test_uniform_load_is_one_everywhere() -> None:
@@ -102,13 +103,32 @@ def test_a_new_run_starts_without_rows(tmp_path: Path) -> None:
     assert read_rows(tmp_path / "metrics.jsonl") == []
 
 
-def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    table = Table(tmp_path / "metrics.jsonl", 0)
+def test_rows_wait_for_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said once, in order, whole, and nothing is missing when there is room again; half a row is taken back."""
+    said: list[str] = []
+    table = Table(tmp_path / "metrics.jsonl", 0, said.append)
+    table.append({"step": 1})
+    file, room = table._file, 5
 
-    class Full:
-        def write(self, text: str) -> None:
-            raise OSError(errno.ENOSPC, "No space left on device")
+    class Small:
+        """Takes a few bytes of what it is given, as a disk does that has no more."""
 
-    monkeypatch.setattr(table, "_file", Full())
-    with pytest.raises(EnvironmentFailure, match=r"disk is full while writing .*metrics\.jsonl"):
-        table.append({"step": 1})
+        def __getattr__(self, name: str) -> Any:
+            return getattr(file, name)
+
+        def write(self, lines: bytes) -> int:
+            return file.write(lines[:room])
+
+    monkeypatch.setattr(table, "_file", Small())
+    table.append({"step": 2})
+    table.append({"step": 3})
+    assert read_rows(table.path) == [{"step": 1}]
+    assert table.path.read_bytes() == b'{"step": 1}\n'
+    assert len(said) == 1
+    assert "disk is full while writing" in said[0]
+    assert str(table.path) in said[0]
+    monkeypatch.setattr(table, "_file", file)
+    table.append({"step": 4})
+    table.close()
+    assert read_rows(table.path) == [{"step": step} for step in (1, 2, 3, 4)]
+    assert "nothing is missing" in said[1]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moexpand.conf.schema import Optim
+from moexpand.conf.train_schema import Optim
 from moexpand.train.schedules import learning_rate
 
 

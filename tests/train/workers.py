@@ -8,12 +8,13 @@ def train_here(words: list[str]) -> None:
     """What a worker does, in this process."""
     from moexpand.conf.compose import compose_words
     from moexpand.parallel import ranks
-    from moexpand.train.__main__ import run
+    from moexpand.train.signals import StopRequest
+    from moexpand.train.work import run
 
     config = compose_words("train", words[1:])
     Path(config.run.dir).mkdir(exist_ok=True)
     try:
-        run(config)
+        run(config, StopRequest())
     finally:
         ranks.stop()
 
