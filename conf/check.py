@@ -66,6 +66,7 @@ def check_train(config: TrainCommand, model: Numbers, world_size: int, biased: b
     _check_router(config.router, model, config.train.steps)
     _check_balance(config.balance, model, biased)
     _check_track(config)
+    _check_watchdog(config)
     if config.evaluate.every and not config.data.held_out:
         raise InputError(
             f"evaluate.every={config.evaluate.every} needs held-out samples and data.held_out is 0; give data.held_out=0.05."
@@ -281,6 +282,15 @@ def _check_balance(balance: Balance, model: Numbers, biased: bool) -> None:
         raise InputError(
             "balance.layers multiplies balance.coefficient, balance.group_coefficient and balance.z_loss, and all three are 0; "
             "leave it out or give one of them."
+        )
+
+
+def _check_watchdog(config: TrainCommand) -> None:
+    seconds, timeout = config.watchdog.seconds, config.parallel.timeout_seconds
+    if seconds >= timeout:
+        raise InputError(
+            f"watchdog.seconds={seconds:g} is not below parallel.timeout_seconds={timeout:g}, after which a wait for another "
+            "rank fails anyway; choose a smaller one, or 0 for none."
         )
 
 

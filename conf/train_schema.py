@@ -135,6 +135,11 @@ class Guard:
 
 
 @dataclass
+class Watchdog:
+    seconds: float = key(300.0, "longest time without progress of a rank before the job ends; 0: no limit", within="[0, inf)")
+
+
+@dataclass
 class Evaluate:
     every: int = key(0, "steps between evaluations on held-out samples; 0 evaluates never", within="[0, inf)")
     batches: int = key(8, "packed sequences an evaluation", within="[1, inf)")
@@ -177,5 +182,6 @@ class TrainCommand:
     launch: Launch = part(Launch, "how workers start")
     save: Save = part(Save, "checkpoints")
     guard: Guard = part(Guard, "steps that are not taken")
+    watchdog: Watchdog = part(Watchdog, "ranks that hang")
     evaluate: Evaluate = part(Evaluate, "held-out loss during training")
     track: Track = part(Track, "W&B and telemetry")

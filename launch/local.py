@@ -5,6 +5,7 @@ the workers alone, and the workers leave their result in a file (base/result.py)
 which makes torchrun stop its peers; workers that stopped on request all exit with 0. Nothing is ever restarted here.
 """
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from typing import TextIO
 import psutil
 
 import moexpand
-from moexpand.base.errors import EnvironmentFailure
+from moexpand.base.errors import STOPPED, EnvironmentFailure
 from moexpand.base.files import disk_errors
 from moexpand.base.result import FILE_NAME, read_result, remove_result
 
@@ -32,6 +33,8 @@ PASSED_ON = {
     signal.SIGHUP: signal.SIGTERM,
 }
 POLL_SECONDS = 0.1
+_PR_SET_PDEATHSIG = 1
+"""Of Linux's sys/prctl.h."""
 SCAN_SECONDS = 1.0
 
 
@@ -78,7 +81,8 @@ def run_workers(
         echo: the output of rank 0 goes to our standard output; otherwise to the log.
 
     Returns:
-        The code of the workers' result; a code other than 0 comes with its sentence on standard error.
+        The code of the workers' result, or that of a stop where a signal came before they could take it; a code other than 0
+        comes with its sentence on standard error.
 
     Raises:
         EnvironmentFailure: the workers ended without a result; the sentence names the log.
@@ -95,10 +99,14 @@ def run_workers(
             stderr=text,
             env=_environment(processes),
             start_new_session=True,  # Ctrl-C reaches this process alone
+            preexec_fn=_end_with_parent,
         )
         ending = _wait(torchrun, grace_seconds, timeout)
         _append_outputs(Path(logs), text)
     outcome = read_result(result)
+    if outcome is None and ending.startswith("were stopped"):
+        print(f"moexpand: The workers {ending} before they began; nothing is lost, start again to go on.", file=sys.stderr)
+        return STOPPED
     if outcome is None:
         raise EnvironmentFailure(
             f"The workers {ending} without leaving a result in {result / FILE_NAME}; what they said is in {log}."
@@ -106,6 +114,12 @@ def run_workers(
     if outcome.code:
         print(f"moexpand: {outcome.message}", file=sys.stderr, flush=True)
     return outcome.code
+
+
+def _end_with_parent() -> None:
+    """Have the kernel ask this process to stop when its parent dies, even by SIGKILL; run in torchrun's process at its start."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _environment(processes: int) -> dict[str, str]:

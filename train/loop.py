@@ -30,10 +30,13 @@ from moexpand.train.saving import Saver
 from moexpand.train.schedules import decoder_multiplier, learning_rate, router_multiplier
 from moexpand.train.signals import StopRequest
 from moexpand.train.telemetry import Telemetry, telemetry_notes
+from moexpand.train.watchdog import Watchdog
 from moexpand.upcycle.plan import row_per_line
 
 
-def train(config: TrainCommand, source: Source, data: PackedData, here: ranks.Ranks, stop: StopRequest) -> None:
+def train(
+    config: TrainCommand, source: Source, data: PackedData, here: ranks.Ranks, stop: StopRequest, watchdog: Watchdog
+) -> None:
     """Train to `train.steps`, going on from the run folder's newest checkpoint.
 
     Raises:
@@ -58,21 +61,29 @@ def train(config: TrainCommand, source: Source, data: PackedData, here: ranks.Ra
         read = Batches(data, config, here.data_rank, here.data_size, progress.step)
         guard = Guard(config.guard, History(**progress.guard))
         saver = Saver(engine, run, config.save, to_yaml(config), progress.step, records)
+
+        def interrupted() -> bool:
+            watchdog.mark(f"evaluating step {progress.step}")
+            failpoint("evaluate")
+            return ranks.any_rank(stop.asked)[0]
+
         to_evaluate = held_out is not None and ranks.broadcast(records.lacks_evaluation(progress.step))
         records.event("started", progress.step, f"training from step {progress.step} to {steps} on {here.world_size} ranks")
         while True:
             # Between two steps: publish what was written meanwhile, save, stop, evaluate.
+            watchdog.mark(f"the end of step {progress.step}")
             stopping, writing = ranks.any_rank(stop.asked, saver.writing)
             saver.poll(writing)
             due = progress.step == steps or (config.save.every and progress.step and progress.step % config.save.every == 0)
             if (stopping or due) and saver.newest != progress.step:
+                watchdog.mark(f"saving step {progress.step}")
                 progress = replace(progress, bad=_bad_of_all_ranks(data), guard=asdict(guard.history))
                 saver.save(progress, wait=stopping or progress.step == steps)
             if stopping and progress.step < steps:
                 saver.settle(fatal=True)
                 raise Stopped(_stopped(records, progress.step, steps))
             if held_out is not None and to_evaluate and _evaluation_due(config, progress.step):
-                found = held_out.evaluate(engine, lambda: ranks.any_rank(stop.asked)[0])
+                found = held_out.evaluate(engine, interrupted)
                 if found is None:
                     continue
                 records.evaluation({"step": progress.step, "tokens": progress.tokens, **found})
@@ -83,11 +94,14 @@ def train(config: TrainCommand, source: Source, data: PackedData, here: ranks.Ra
 
             # One step.
             failpoint("step")
+            watchdog.mark(f"step {progress.step + 1}, reading its data")
             began = time.perf_counter()
             batches = [PackedBatch.from_arrays(each, cpu.device(), engine.shape, data.pixel_table) for each in next(read)]
             _tell_bad_samples(data, told, display.say if here.main else print)
+            watchdog.mark(f"step {progress.step + 1}")
             rates = rates_at(config, progress.step, learning_rate(config.optim, progress.step, steps))
             report = engine.step(batches, rates, watch=telemetry.watch(progress.step + 1), refused=guard.refused)
+            watchdog.settle_in()
             progress = replace(progress, step=progress.step + 1, tokens=progress.tokens + report.tokens)
             seconds, groups = time.perf_counter() - began, source.architecture.router_n_groups
             row = step_row(report, progress, rates, seconds, read.waited, groups) | telemetry.row(progress.step, report)

@@ -27,7 +27,7 @@ class Records:
         kept = progress.step if progress.step else -1  # a run that starts anew keeps nothing of an earlier attempt
         self._steps = Table(run / METRICS, kept, say)
         self._evaluations = Table(run / EVALUATIONS, kept, say)
-        self._events = Table(run / EVENTS, sys.maxsize if progress.step else -1, say)
+        self._events = Table(run / EVENTS, sys.maxsize, say)
         self.held_out = {row["step"]: row["held_out_loss"] for row in self._evaluations.rows}
         """Held-out losses by step (on rank 0)."""
         self._tracker = Tracker(config.track, run, progress.wandb_id, asdict(config), say)

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
+from moexpand.base.claims import Claims
 from moexpand.base.files import disk_errors
-from moexpand.upcycle.claims import Claims
 from moexpand.upcycle.direct import OutputFile, write_all
 from moexpand.upcycle.jobs import Bundle, Job, Task
 from moexpand.upcycle.layout import Layout

@@ -21,9 +21,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from moexpand.base.claims import Claims
 from moexpand.base.errors import EnvironmentFailure, InputError
 from moexpand.base.files import PARTIAL, disk_errors, fsync_folder, read_json, refuse_existing, write_atomic, write_json
-from moexpand.upcycle.claims import Claims
 from moexpand.upcycle.layout import Layout, make_folders
 
 IDENTITY = "expansion.partial.json"

@@ -17,11 +17,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from moexpand.base.claims import Claims
 from moexpand.base.errors import EnvironmentFailure, InputError, MoexpandError, Stopped
 from moexpand.base.files import disk_errors, read_json, sha256, write_atomic, write_json
 from moexpand.upcycle.checkpoint import CONFIG, EXPANSION, INDEX, file_states, side_file_bytes
 from moexpand.upcycle.checksums import CHECKSUM, tensor_checksum
-from moexpand.upcycle.claims import Claims
 from moexpand.upcycle.crew import Crew, Progress, default_workers, run_threads
 from moexpand.upcycle.direct import can_clone
 from moexpand.upcycle.jobs import Job

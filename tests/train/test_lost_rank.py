@@ -39,6 +39,7 @@ def test_the_other_rank_stops_with_a_sentence(
         parallel__dispatcher=dispatcher,
         parallel__timeout_seconds=TIMEOUT[how],
         train__global_batch=2,
+        watchdog__seconds=0,
         save__every=1,
         **from_checkpoint(child),
     )

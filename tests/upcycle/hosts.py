@@ -50,7 +50,7 @@ class QuickClaims(claims.Claims):
 def become(host: str) -> None:
     """Let this process be one of another host."""
     of_claims: Any = claims
-    of_claims._space = lambda: f"boot of {host}"
+    of_claims.process_space = lambda: f"boot of {host}"
     of_claims.socket.gethostname = lambda: host
     of_claims.REFRESH = REFRESH
     of_writer: Any = writer

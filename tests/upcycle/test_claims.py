@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from moexpand.upcycle.claims import Claims, Holder
+from moexpand.base.claims import Claims, Holder
 
 TAKE = """
 import sys
 from pathlib import Path
-from moexpand.upcycle.claims import Claims
+from moexpand.base.claims import Claims
 assert Claims(Path(sys.argv[1])).take("shard") is not None
 print("taken", flush=True)
 sys.stdin.read()

@@ -44,7 +44,12 @@ class Holder:
     @property
     def dead(self) -> bool:
         """Whether the process is known to be gone; one of another host never is."""
-        return self.space == _space() and _started(self.pid) != self.started
+        return self.here and _started(self.pid) != self.started
+
+    @property
+    def here(self) -> bool:
+        """Whether it is a process of this host, so that one can see whether it lives."""
+        return self.space == process_space()
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
@@ -76,7 +81,7 @@ class Claims:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         except FileExistsError:
             return None
-        holder = Holder(socket.gethostname(), _space(), os.getpid(), _started(os.getpid()) or 0, secrets.token_hex(4))
+        holder = Holder(socket.gethostname(), process_space(), os.getpid(), _started(os.getpid()) or 0, secrets.token_hex(4))
         try:
             os.write(descriptor, json.dumps(asdict(holder)).encode())
         finally:
@@ -110,12 +115,12 @@ class Claims:
         }
 
     @contextmanager
-    def refreshed(self, every: float = REFRESH) -> Iterator[None]:
+    def refreshed(self, every: float | None = None) -> Iterator[None]:
         """Touch the claims of this process while the body runs, and release what is left of them at its end."""
         done = threading.Event()
 
         def touch() -> None:
-            while not done.wait(every):
+            while not done.wait(REFRESH if every is None else every):
                 for path, _ in list(self.held.values()):
                     with suppress(OSError):  # taken over, or the folder has been published
                         os.utime(path)
@@ -141,7 +146,7 @@ class Claims:
 
     def _stale(self, path: Path) -> bool:
         holder = _read(path)
-        if holder is not None and holder.space == _space():
+        if holder is not None and holder.here:
             return holder.dead
         try:
             touched = path.stat().st_mtime_ns
@@ -172,7 +177,7 @@ def _started(pid: int) -> int | None:
     return None if state in "ZX" else int(fields[18])
 
 
-def _space() -> str:
+def process_space() -> str:
     """See `Holder.space`."""
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
