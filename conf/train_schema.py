@@ -151,6 +151,7 @@ class Track:
     wandb: str = key("offline", "online, offline or off", ("online", "offline", "off"))
     project: str = key("moexpand", "W&B project")
     name: str | None = key(None, "W&B run name; not given: the run folder's name")
+    group: str | None = key(None, "W&B group, such as that of a sweep")
     routing_every: int = key(10, "steps between looks at the routers and at the time of each phase; 0 never", within="[0, inf)")
     siblings_every: int = key(100, "steps between comparisons of experts with one parent; 0 never", within="[0, inf)")
     sibling_outputs: int = key(0, "tokens on which the siblings' outputs are compared as well", within="[0, inf)")

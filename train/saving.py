@@ -96,12 +96,13 @@ class Saver:
         self._writer.start(building, {"step": progress.step}, background)
 
     def _complete(self) -> None:
-        building, self._building = self._building, None
+        building = self._building
         assert building is not None
         final = building.with_name(building.name.removeprefix(".").removesuffix(PARTIAL))
         facts = {name: fact for part in ranks.gather(self._writer.finish()) for name, fact in part.items()}
         failpoint("save.written")
         self._on_main(f"writing {final}", lambda: self._publish(building, final, facts))
+        self._building = None
         self._records.event("saved", self._step, f"saved {final}")
 
     def _publish(self, building: Path, final: Path, facts: dict[str, Fact]) -> None:

@@ -43,10 +43,12 @@ _ARMED = _armed(os.environ.get(VARIABLE, ""), os.environ.get("RANK", "0"))
 
 def failpoint(name: str) -> None:
     """Fail here if a test asked for it."""
-    for armed in _ARMED.get(name, ()):
-        armed.hit -= 1
-        if armed.hit == 0:
-            _fail(armed.action, name)
+    armed = _ARMED.get(name, ())
+    for each in armed:
+        each.hit -= 1
+    for each in armed:
+        if each.hit == 0:
+            _fail(each.action, name)
 
 
 def _fail(action: str, name: str) -> None:

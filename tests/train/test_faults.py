@@ -130,7 +130,7 @@ SIGNALLED = {
     "before the first step": ("step=term", 0),
     "one rank": ("step@4#1=term", None),
     "all ranks": ("step@4=term", None),
-    "while evaluating": ("evaluate@4=term", 4),
+    "while evaluating": ("evaluate@6=term", 4),
     "while saving": ("save.half_file@1=term", None),
     "as a save is published": ("save.manifest@1=term", None),
 }
