@@ -99,7 +99,7 @@ def _await_steps(run: Path, steps: int, process: subprocess.Popen[str]) -> None:
 # ------------------------------------------------------------ hanging
 
 
-@pytest.mark.parametrize("failpoint", ["step@8#1=stop", "step@8#0=stop", "evaluate@3#1=stop"])
+@pytest.mark.parametrize("failpoint", ["step@8#1=stop", "step@8#0=stop", "evaluate@7#1=stop"])
 def test_a_hanging_rank_is_named_and_killed_and_the_others_leave_their_stacks(
     shards: Path, straight: Path, undisturbed: str, tmp_path: Path, failpoint: str
 ) -> None:
