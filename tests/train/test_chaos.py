@@ -1,0 +1,65 @@
+"""A run that is killed twenty times at random moments ends as the run that was not, bit for bit."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.train.faults import begin, digest, leftovers, short, train, trajectory
+
+STEPS, KILLS = 240, 20
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(3000)
+def test_twenty_random_kills_change_nothing(shards: Path, tmp_path: Path) -> None:
+    """SIGKILL to a rank, to torchrun, to the command or to all of them, a random time after the start or in a phase of saving."""
+    changes = {"train__steps": STEPS, "save__every": 4, "save__keep": 2}
+    straight, run = tmp_path / "straight", tmp_path / "run"
+    done = train(short(shards, straight, **changes), timeout=300)
+    assert done.returncode == 0, done.stderr
+    rng, kills, ends = random.Random(int(os.environ.get("CHAOS_SEED", "0"))), 0, []
+    points = ["step", "save.begun", "save.half_file", "save.written", "save.manifest", "save.rename", "save.latest", "save.prune"]
+    while kills < KILLS:
+        how = rng.choice(["rank", "torchrun", "command", "all", "point"])
+        failpoint = f"{rng.choice(points)}@{rng.randint(1, 4)}#{rng.randint(0, 1)}=kill" if how == "point" else ""
+        process = begin(short(shards, run, **changes), failpoint)
+        if how != "point":
+            _kill(process, how, rng)
+        process.communicate(timeout=200)
+        ends.append((how, failpoint, process.returncode))
+        kills += process.returncode != 0
+        assert process.returncode in (0, 2, 3, -signal.SIGKILL), ends  # 2: workers of a killed command still save
+        assert len(ends) < 3 * KILLS, ends
+    while (done := train(short(shards, run, **changes), timeout=300)).returncode == 2:
+        time.sleep(1.0)
+    assert done.returncode == 0, (done.stderr, ends)
+    last = f"step_{STEPS:07d}"
+    assert trajectory(run) == trajectory(straight), ends
+    assert digest(run / "checkpoints" / last) == digest(straight / "checkpoints" / last)
+    assert leftovers(run) == []
+
+
+def _kill(process: subprocess.Popen[str], how: str, rng: random.Random) -> None:
+    time.sleep(rng.uniform(3.0, 9.0))
+    if process.poll() is not None:
+        return
+    try:
+        tree = psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return
+    ranks = [child for child in tree if "moexpand.train" in child.cmdline() and "torch.distributed.run" not in child.cmdline()]
+    torchrun = [child for child in tree if "torch.distributed.run" in child.cmdline()]
+    victims = {"rank": ranks[:1] if rng.random() < 0.5 else ranks[-1:], "torchrun": torchrun[:1], "command": [], "all": tree}[how]
+    for victim in victims:
+        try:
+            victim.kill()
+        except psutil.NoSuchProcess:
+            continue
+    if how in ("command", "all"):
+        process.kill()
