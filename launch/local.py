@@ -7,6 +7,7 @@ which makes torchrun stop its peers; workers that stopped on request all exit wi
 
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -92,6 +93,7 @@ def run_workers(
         log.parent.mkdir(parents=True, exist_ok=True)
         remove_result(result)
     with tempfile.TemporaryDirectory(prefix="moexpand-") as logs, open(log, "a", encoding="utf-8") as text:
+        begin = text.seek(0, os.SEEK_END)
         torchrun = subprocess.Popen(
             command_line(module, arguments, processes, logs),
             stdin=subprocess.DEVNULL,
@@ -112,8 +114,22 @@ def run_workers(
             f"The workers {ending} without leaving a result in {result / FILE_NAME}; what they said is in {log}."
         )
     if outcome.code:
-        print(f"moexpand: {outcome.message}", file=sys.stderr, flush=True)
+        # A rank that hung was killed by us, or by torchrun.
+        killed = _killed_rank(log, begin) if "closed its connection" in outcome.message else ""
+        print(f"moexpand: {killed}{outcome.message}", file=sys.stderr, flush=True)
     return outcome.code
+
+
+def _killed_rank(log: Path, begin: int) -> str:
+    """Which rank the system killed, as the beginning of a sentence, where torchrun's last words tell of one."""
+    with open(log, encoding="utf-8", errors="replace") as text:
+        text.seek(begin)
+        found = re.findall(r"rank +: (\d+) \(local_rank: \d+\)\s+exitcode +: -(\d+) ", text.read())
+    for rank, number in found:
+        if int(number) != signal.SIGTERM:  # which torchrun itself sends to what is left
+            why = ", as when memory runs out" if int(number) == signal.SIGKILL else ""
+            return f"Rank {rank} was killed by {signal.Signals(int(number)).name}{why}: "
+    return ""
 
 
 def _end_with_parent() -> None:

@@ -77,16 +77,19 @@ class Watchdog:
 
     def mark(self, where: str) -> None:
         """The main thread has come to a point that all ranks come to in the same order."""
-        if not self._seconds:
-            return
         self._marks, self._where, self._marked = self._marks + 1, where, time.monotonic()
-        if self._thread is None:
+        if self._thread is None and self._seconds:
             folder = self._run / STACKS
             folder.mkdir(parents=True, exist_ok=True)
             self._file = open(folder / f"rank_{self._rank:05d}.txt", "w", encoding="utf-8")  # noqa: SIM115 - for the process's life
             self._beat(0)  # so that it is known whom to stop from the start
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
+
+    @property
+    def where(self) -> str:
+        """The last mark."""
+        return self._where or "its start"
 
     def settle_in(self) -> None:
         """The first step is done: from now on there is only the ordinary patience."""

@@ -39,6 +39,9 @@ def run(config: TrainCommand, stop: StopRequest) -> None:
         try:
             with closing(watchdog):
                 train(config, source, data, here, stop, watchdog)
+        except RuntimeError as error:
+            error.add_note(watchdog.where)
+            raise
         except Stopped:  # all ranks are here; after any other error the peers may not be
             ranks.stop()
             raise

@@ -55,9 +55,10 @@ def _told(error: Exception) -> str:
 
         fate = lost_peer(error)
         if fate is not None:
+            where = "".join(f" at {note}" for note in getattr(error, "__notes__", ()))
             return (
-                f"Rank {os.environ.get('RANK', '0')} stopped because a peer {fate}; find in the log which rank failed first and "
-                "why, then start again (training goes on from the newest checkpoint)."
+                f"Rank {os.environ.get('RANK', '0')} stopped{where} because a peer {fate}; find in the log which rank failed "
+                "first and why, then start again (training goes on from the newest checkpoint)."
             )
     first = (str(error).splitlines() or [""])[0]
     return f"A worker failed with {type(error).__name__}: {first}"

@@ -40,6 +40,7 @@ def test_the_other_rank_stops_with_a_sentence(
         parallel__timeout_seconds=TIMEOUT[how],
         train__global_batch=2,
         watchdog__seconds=0,
+        save__asynchronous="false",
         save__every=1,
         **from_checkpoint(child),
     )
@@ -49,9 +50,10 @@ def test_the_other_rank_stops_with_a_sentence(
     assert code == 3
     sentence = capfd.readouterr().err
     fate = {"dies": "closed its connection", "hangs": "did not answer in time (parallel.timeout_seconds)"}[how]
+    killed = "Rank 1 was killed by SIGKILL, as when memory runs out: " if how == "dies" else ""
     assert sentence == (
-        f"moexpand: Rank 0 stopped because a peer {fate}; find in the log which rank failed first and why, then start again "
-        "(training goes on from the newest checkpoint).\n"
+        f"moexpand: {killed}Rank 0 stopped at step 2 because a peer {fate}; find in the log which rank failed first and why, "
+        "then start again (training goes on from the newest checkpoint).\n"
     )
     assert took < LIMIT[how]
     pids = [int(file.read_text()) for file in tmp_path.glob("pid.*")]
