@@ -22,7 +22,8 @@ from moexpand.train.checkpoints import Progress
 from moexpand.train.display import Display
 from moexpand.train.evaluation import HeldOut
 from moexpand.train.guard import Guard, History
-from moexpand.train.metrics import console_line, source_row, step_row
+from moexpand.train.metrics import console_line, evaluation_line, source_row, step_row
+from moexpand.train.parent_loss import parent_loss
 from moexpand.train.preflight import PLAN, Source
 from moexpand.train.provenance import made_by
 from moexpand.train.records import Records
@@ -45,6 +46,7 @@ def train(
         InputError, EnvironmentFailure: as the sentence says; nothing half-written is left under a final name.
     """
     run, steps = Path(config.run.dir), config.train.steps
+    parent = parent_loss(config, data, here)
     engine, progress, notes = _start(config, source, data, here)
     held_out = HeldOut(data, config.evaluate.batches, config.train.micro_batch, engine) if config.evaluate.every else None
     with ExitStack() as closed_at_the_end:
@@ -86,8 +88,9 @@ def train(
                 found = held_out.evaluate(engine, interrupted)
                 if found is None:
                     continue
+                found |= {} if parent is None else {"parent_loss": parent}
                 records.evaluation({"step": progress.step, "tokens": progress.tokens, **found})
-                display.say(f"step {progress.step}/{steps}  held-out loss {found['held_out_loss']:.4f}")
+                display.say(evaluation_line(found, progress.step, steps))
             to_evaluate = True
             if progress.step == steps:
                 break

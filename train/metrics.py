@@ -87,6 +87,13 @@ def source_row(data: PackedData, step: int) -> dict[str, Any]:
     return tokens | {f"epoch/{name}": epochs for name, epochs in data.epochs_at(step).items()}
 
 
+def evaluation_line(row: dict[str, float], step: int, steps: int) -> str:
+    """A held-out loss for the reader, with the parent's where it is known."""
+    loss, parent = row["held_out_loss"], row.get("parent_loss")
+    beside = "" if parent is None else f"  parent's {parent:.4f} ({loss - parent:+.4f})"
+    return f"step {step}/{steps}  held-out loss {loss:.4f}{beside}"
+
+
 def console_line(row: dict[str, Any], steps: int) -> str:
     """A row for the reader."""
     skipped = "  SKIPPED" if row["skipped"] else ""

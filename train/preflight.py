@@ -6,7 +6,7 @@ from pathlib import Path
 
 from moexpand.base.errors import InputError
 from moexpand.base.files import read_json
-from moexpand.conf.check import check_train
+from moexpand.conf.check import check_layout, check_train
 from moexpand.conf.check_encoders import check_time_series, check_vision
 from moexpand.conf.fields import changed
 from moexpand.conf.train_schema import TrainCommand
@@ -120,9 +120,25 @@ def check(config: TrainCommand, world_size: int) -> tuple[Source, PackedData]:
     check_vision(config, source.architecture.vision, encoder)
     check_time_series(config, encoder)
     data = open_data(config)
+    _check_parent(config, data, world_size)
     check_vocabulary(data, data.sources[0].place, source.architecture)
     check_places(data, data.sources[0].place, source.architecture)
     return source, data
+
+
+def _check_parent(config: TrainCommand, data: PackedData, world_size: int) -> None:
+    """Refuse a parent to compare with that could not be evaluated."""
+    folder = config.evaluate.parent
+    if folder is None:
+        return
+    if not config.evaluate.every:
+        raise InputError(
+            f"evaluate.parent={folder} is compared at evaluations and evaluate.every=0 makes none; give evaluate.every=100."
+        )
+    architecture = open_supported(folder).architecture
+    check_layout(config.parallel, architecture, config.precision.name, world_size)
+    check_vocabulary(data, data.sources[0].place, architecture)
+    check_places(data, data.sources[0].place, architecture)
 
 
 def _refuse_shape(config: TrainCommand) -> None:

@@ -23,7 +23,7 @@ from moexpand.upcycle.config_json import read_architecture
 PAGE = Path("report", "index.html")
 """Where the page is written in a run folder, unless another place is given."""
 CONFIG, PLAN, EXPANSION = "config.yaml", "plan.json", "expansion.json"
-HELD_OUT = ("held_out_loss", "unigram_entropy")
+HELD_OUT = ("held_out_loss", "parent_loss", "unigram_entropy")
 UNREAD = ("step", "tokens", "skipped")
 """Keys of a row that the head tells, and no table of figures."""
 

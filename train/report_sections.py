@@ -26,6 +26,7 @@ def _loss(axes: "Axes", runs: Sequence[Run]) -> Entries:
 
     entries: Entries = []
     entropies: dict[float, str] = {}
+    parents: dict[float, str] = {}
     training: dict[str, Any] = {"linewidth": 0.8, "alpha": 0.7, "markersize": 2}
     held_out: dict[str, Any] = {"linewidth": 1.8, "marker": "o", "markersize": 4}
     one = colours(1)[0] if len(runs) == 1 else GREY
@@ -42,7 +43,14 @@ def _loss(axes: "Axes", runs: Sequence[Run]) -> Entries:
         _, values = series(run.evaluations, "unigram_entropy")
         for value in np.unique(values[np.isfinite(values)].round(9)):
             entropies.setdefault(float(value), colour)
+        _, values = series(run.evaluations, "parent_loss")
+        parents |= {float(value): colour for value in np.unique(values[np.isfinite(values)].round(9))}
     entries = list({name: (handle, name) for handle, name in entries}.values())
+    for value, colour in parents.items():
+        axes.axhline(value, color=colour if len(parents) > 1 else "#202020", linestyle=(0, (6, 2, 1, 2)), linewidth=1.2)
+    if parents:
+        look: dict[str, Any] = {"linestyle": (0, (6, 2, 1, 2)), "linewidth": 1.2}
+        entries.append((Line2D([], [], color=GREY if len(parents) > 1 else "#202020", **look), "held-out, parent"))
     for value, colour in entropies.items():
         axes.axhline(value, color=colour if len(entropies) > 1 else GREY, linestyle="--", linewidth=1.0)
     if entropies:
