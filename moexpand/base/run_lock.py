@@ -54,7 +54,7 @@ def refuse_running(run: Path, say: Say = print, patience: float = PATIENCE) -> N
 def _wait_until_free(claims: Claims, run: Path, say: Say) -> None:
     began, told = time.monotonic(), False
     while (holder := claims.live().get(NAME)) is not None:
-        if holder.here or time.monotonic() - began > claims.patience + REFRESH:
+        if holder.here or (told and time.monotonic() - began > claims.patience + REFRESH):
             raise InputError(f"Another job works in {run}: {holder}; stop it, or choose another run.dir.")
         if not told:
             say(f"waiting up to {claims.patience:.0f} s to see whether {holder} still works in {run}")

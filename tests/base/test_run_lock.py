@@ -21,7 +21,7 @@ from moexpand.base import claims
 from moexpand.base.run_lock import run_lock
 host = sys.argv[2]
 if host:
-    claims._space = lambda: f"boot of {host}"
+    claims.process_space = lambda: f"boot of {host}"
     claims.socket.gethostname = lambda: host
 claims.REFRESH = 0.1
 with run_lock(Path(sys.argv[1])):

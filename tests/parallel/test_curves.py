@@ -102,6 +102,7 @@ def test_with_replayed_routes_a_grouped_child_trains_the_same_by_every_dispatche
 SOME = {name: TWO[name] for name in ("EP2 allgather", "DP2 overlap", "PP2 interleaved", "TP2 EP2", "ETP2", "CP2 EP2")}
 
 
+@pytest.mark.layouts
 def test_with_replayed_routes_a_parent_trains_the_same_on_every_kind_of_layout(
     deep_parent: Path, reference: dict[str, list[Row]]
 ) -> None:
@@ -120,6 +121,7 @@ STATEFUL = RULES | {"gradient": "default_vector", "scope": "global", "group_coef
 """What a step leaves to the next: default vectors, loads, a selection bias."""
 
 
+@pytest.mark.layouts
 def test_what_steps_leave_to_the_next_is_the_same_on_every_layout(deep_child: Path) -> None:
     """Six steps in float64, the moving averages and the loads in use from the second on."""
     shape = {"selection_bias": True}
@@ -145,6 +147,7 @@ def test_what_steps_leave_to_the_next_is_the_same_on_every_layout(deep_child: Pa
     assert not wrong, {name: far[:3] for name, far in wrong.items()}
 
 
+@pytest.mark.layouts
 def test_bf16_layouts_differ_less_than_bf16_differs_from_fp32(deep_parent: Path, reference: dict[str, list[Row]]) -> None:
     """bf16 keeps 8 bits: a layout that sums in another order rounds activations otherwise, and a near tie of two experts may tip.
 

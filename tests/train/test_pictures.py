@@ -83,6 +83,7 @@ def test_the_loss_on_pictures_is_that_of_transformers(pictured: Path, straight: 
     assert "difference" in compare(tmp_path / "child")
 
 
+@pytest.mark.layouts
 def test_a_run_on_pictures_goes_on_bitwise(pictured: Path, parent: Path, straight: Path, tmp_path: Path) -> None:
     ran(pictured, tmp_path / "stopped", **from_checkpoint(parent), **{"train.steps": 2})
     resumed = ran(pictured, tmp_path / "stopped", **from_checkpoint(parent))
@@ -124,6 +125,7 @@ def test_import_and_export_give_every_bit_back(pictured: Path, made: str, tmp_pa
     assert all(json.loads((folder / name).read_text()) == json.loads((tmp_path / "back" / name).read_text()) for name in kept)
 
 
+@pytest.mark.layouts
 def test_a_frozen_tower_stays_and_a_warm_up_moves_nothing_else(pictured: Path, parent: Path, tmp_path: Path) -> None:
     before = tensors(parent)
     for name, changes, stays in (
@@ -140,11 +142,13 @@ def test_a_frozen_tower_stays_and_a_warm_up_moves_nothing_else(pictured: Path, p
             assert same == stays(tensor), (name, tensor)
 
 
+@pytest.mark.layouts
 def test_pictures_can_be_left_out(pictured: Path, parent: Path, straight: Path, tmp_path: Path) -> None:
     unseen = ran(pictured, tmp_path / "unseen", **from_checkpoint(parent), **{"data.images": "off"})
     assert [row["tokens"] for row in rows_of(straight)] != [row["tokens"] for row in unseen]
 
 
+@pytest.mark.layouts
 def test_a_fresh_intern_s1_pro_trains_and_comes_back_with_its_tables(pictured: Path, tmp_path: Path) -> None:
     made = fresh_model(
         "interns1_pro", **{"model.num_experts": 32, "model.router_n_groups": 8, "model.max_position_embeddings": 64}

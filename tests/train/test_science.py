@@ -42,6 +42,7 @@ def test_shards_hold_the_pieces_of_sequences_in_texts_and_conversations(science_
     assert "of qwen-science" in done.stdout
 
 
+@pytest.mark.layouts
 def test_two_steps_on_155_008_rows(science_shards: Path, tmp_path: Path) -> None:
     done = moexpand(*settings(science_shards, tmp_path / "run", model__vocab_size=155008, train__steps=2))
     assert done.returncode == 0, done.stderr

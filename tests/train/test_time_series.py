@@ -142,6 +142,7 @@ def test_a_child_keeps_the_encoder_and_hears_as_its_parent(heard: Path, parent: 
     assert np.isfinite(rows[0]["loss"])
 
 
+@pytest.mark.layouts
 def test_a_frozen_encoder_stays_and_one_learns_alone(heard: Path, parent: Path, tmp_path: Path) -> None:
     before = tensors(parent)
     own = [name for name in before if ".time_series." in name]

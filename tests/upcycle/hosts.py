@@ -19,8 +19,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from moexpand.base import claims
 from moexpand.cli import main
-from moexpand.upcycle import claims, writer
+from moexpand.upcycle import writer
 
 ROOT = Path(__file__).resolve().parents[2]
 SILENCE, REFRESH = 1.0, 0.1

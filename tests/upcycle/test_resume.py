@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
+from moexpand.base import claims
 from moexpand.base.errors import DONE, STOPPED, WRONG_INPUT, EnvironmentFailure, InputError
-from moexpand.upcycle import claims, writer
+from moexpand.upcycle import writer
 from moexpand.upcycle.checkpoint import open_checkpoint
 from moexpand.upcycle.writer import expand
 from tests import commands
