@@ -208,6 +208,15 @@ class LogitsCommand:
     debug: bool = key(False, "print tracebacks")
 
 
+@dataclass
+class DoctorCommand:
+    """Say what this machine has for training, what is missing and what mends it."""
+
+    folder: str = key(".", "where runs would be written")
+    format: str = key("table", "table or json", ("table", "json"))
+    debug: bool = key(False, "print tracebacks")
+
+
 COMMANDS: dict[str, type] = {
     "train": TrainCommand,
     "upcycle": UpcycleCommand,
@@ -219,6 +228,7 @@ COMMANDS: dict[str, type] = {
     "export": ExportCommand,
     "logits": LogitsCommand,
     "report": ReportCommand,
+    "doctor": DoctorCommand,
     "data build": DataBuildCommand,
     "data index": DataIndexCommand,
     "data inspect": DataInspectCommand,

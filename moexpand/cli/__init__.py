@@ -25,6 +25,7 @@ COMMANDS = {
     "export": "write a run's checkpoint as a Hugging Face folder",
     "logits": "run the engine forward on a Hugging Face folder",
     "report": "write a run, or several, as one HTML page with plots",
+    "doctor": "say what this machine has for training, what is missing and what mends it",
     "data build": "turn PDFs and other sources into shards",
     "data index": "index webdataset or energon tars in place",
     "data inspect": "show what a shard folder holds, what was dropped and why",
