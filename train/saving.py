@@ -35,7 +35,7 @@ class Saver:
         self._engine, self._run, self._settings, self._config, self._records = engine, run, settings, config, records
         self._writer = checkpoint.Writer(engine)
         self._building: Path | None = None
-        self._step = step
+        self._progress: Progress | None = None
         self.newest: int | None = step or None
         """Step of the newest checkpoint, published or begun."""
 
@@ -87,12 +87,10 @@ class Saver:
             building.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(building, ignore_errors=True)
             building.mkdir()
-            write_json(building / TRAINER, asdict(progress))
-            write_atomic(building / CONFIG, self._config)
             failpoint("save.begun")
 
         self._on_main(f"writing {final}", prepare)
-        self.newest = self._step = progress.step
+        self.newest, self._progress = progress.step, progress
         self._writer.start(building, {"step": progress.step}, background)
 
     def _complete(self) -> None:
@@ -103,9 +101,12 @@ class Saver:
         failpoint("save.written")
         self._on_main(f"writing {final}", lambda: self._publish(building, final, facts))
         self._building = None
-        self._records.event("saved", self._step, f"saved {final}")
+        self._event("saved", f"saved {final}")
 
     def _publish(self, building: Path, final: Path, facts: dict[str, Fact]) -> None:
+        assert self._progress is not None
+        write_json(building / TRAINER, asdict(self._progress))
+        write_atomic(building / CONFIG, self._config)
         for path in building.iterdir():
             if path.name not in facts:
                 with open(path, "rb") as file:
@@ -132,7 +133,11 @@ class Saver:
         if fatal or self._settings.on_failure == "stop":
             raise error
         told = f"{error} Training goes on with the checkpoints that there are (save.on_failure=continue)."
-        self._records.event("save failed", self._step, told, warning=True)
+        self._event("save failed", told, warning=True)
+
+    def _event(self, kind: str, text: str, warning: bool = False) -> None:
+        assert self._progress is not None
+        self._records.event(kind, self._progress.step, text, warning)
 
     def _on_main(self, action: str, work: Callable[[], None]) -> None:
         """Do something on rank 0; where it fails there, all ranks raise its error."""

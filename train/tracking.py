@@ -82,7 +82,7 @@ class Tracker:
             while (row := self._rows.get()) is not None:
                 run.log(row, step=row["step"])
             folder = Path(run.dir).parent
-            run.finish(quiet=True)
+            run.finish()
             if settings["mode"] == "offline":
                 self._say(f"W&B: tracked offline; upload with: wandb sync {folder}")
         except BaseException as error:  # also what W&B raises to end the process

@@ -2,6 +2,8 @@
 
 import json
 import math
+import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -132,3 +134,48 @@ def test_rows_wait_for_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     table.close()
     assert read_rows(table.path) == [{"step": step} for step in (1, 2, 3, 4)]
     assert "nothing is missing" in said[1]
+
+
+def _records(file: Path) -> Iterator[bytes]:
+    """The records of a .wandb file: a header of 7 bytes, then LevelDB's log format in blocks of 32 KiB."""
+    content, position, parts = file.read_bytes(), 7, b""
+    while position + 7 <= len(content):
+        left = 32768 - position % 32768
+        if left < 7:
+            position += left
+            continue
+        _, length, kind = struct.unpack("<IHB", content[position : position + 7])
+        parts += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield parts
+            parts = b""
+
+
+def test_wandb_has_every_row_under_its_step(tmp_path: Path) -> None:
+    """Read back from W&B's own file, and its folder is told."""
+    from wandb.proto import wandb_internal_pb2
+
+    from moexpand.conf.train_schema import Track
+    from moexpand.train.tracking import Tracker
+
+    said: list[str] = []
+    tracker = Tracker(Track(wandb="offline", group="sweep"), tmp_path, "identity0001", {"seed": 3}, said.append)
+    for step in (1, 2, 3):
+        tracker.log({"step": step, "loss": 4.0 - step / 8})
+    tracker.finish()
+    (told,) = said
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*-identity0001")
+    assert told == f"W&B: tracked offline; upload with: wandb sync {folder}"
+    (file,) = folder.glob("*.wandb")
+    losses: dict[int, float] = {}
+    for data in _records(file):
+        record: Any = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.WhichOneof("record_type") == "history":
+            row = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            losses[row["step"]] = row["loss"]
+        elif record.WhichOneof("record_type") == "run":
+            assert record.run.run_group == "sweep"
+            assert record.run.run_id == "identity0001"
+    assert losses == {1: 3.875, 2: 3.75, 3: 3.625}
