@@ -3,7 +3,7 @@
 Four things take turns, each in a process of its own: `import torch`, the imports of torch and Megatron-Core's GPT model,
 `moexpand --help`, and the whole command until its first step stands in metrics.jsonl, with a tiny model on the shards of this
 project's own pages. The command starts three processes one after the other (itself, torchrun, the worker), of which the last two
-import torch. `python bench/startup.py [rounds]` prints medians, and how much of the way are no imports of torch and Megatron-Core.
+import torch. `python bench/startup.py [rounds]` prints medians, and how much of the way is no import of these.
 """
 
 import statistics
