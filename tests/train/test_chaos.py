@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -57,19 +58,22 @@ def _kill(process: subprocess.Popen[str], run: Path, how: str, rng: random.Rando
         while process.poll() is None and not (metrics.exists() and metrics.stat().st_mtime_ns > before):
             time.sleep(0.02)
         time.sleep(rng.uniform(0.0, 2.0))
-    if process.poll() is not None:
-        return
-    try:
-        tree = psutil.Process(process.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return
-    ranks = [child for child in tree if "moexpand.train" in child.cmdline() and "torch.distributed.run" not in child.cmdline()]
-    torchrun = [child for child in tree if "torch.distributed.run" in child.cmdline()]
-    victims = {"rank": ranks[:1] if rng.random() < 0.5 else ranks[-1:], "torchrun": torchrun[:1], "command": [], "all": tree}[how]
-    for victim in victims:
-        try:
-            victim.kill()
-        except psutil.NoSuchProcess:
-            continue
-    if how in ("command", "all"):
-        process.kill()
+    while process.poll() is None:
+        victims = _victims(process, how, rng)
+        for victim in victims:
+            with suppress(psutil.NoSuchProcess):
+                victim.kill()
+        if victims:
+            return
+        time.sleep(0.02)  # it has not started them yet
+
+
+def _victims(process: subprocess.Popen[str], how: str, rng: random.Random) -> list[psutil.Process]:
+    with suppress(psutil.Error):
+        command = psutil.Process(process.pid)
+        tree = command.children(recursive=True)
+        torchrun = [child for child in tree if "torch.distributed.run" in child.cmdline()]
+        ranks = [child for child in tree if child not in torchrun and "moexpand.train" in child.cmdline()]
+        chosen = {"rank": [rng.choice(ranks)] if ranks else [], "torchrun": torchrun[:1], "command": [command]}
+        return chosen.get(how, [command, *tree])
+    return []
