@@ -15,6 +15,7 @@ setup(
     package_data={
         "moexpand": ["py.typed"],
         "moexpand.conf": ["*/*.yaml"],
+        "moexpand.launch": ["shell/*.sh"],
         "moexpand.data": ["*/*.md", "*/*.txt", "*/*.pdf", "*/*.json", "*/*.model"],
     },
 )

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from moexpand.base.errors import InputError
 from moexpand.conf.check_encoders import Tower, check_deepstack
+from moexpand.conf.check_launch import check_launch
 from moexpand.conf.layers import layer_factors
 from moexpand.conf.schema import CalibrateCommand
 from moexpand.conf.train_schema import Balance, Optim, Parallel, Router, TrainCommand
@@ -60,7 +61,10 @@ def check_train(config: TrainCommand, model: Numbers, world_size: int, biased: b
         InputError: the first combination that cannot work.
     """
     check_experts(model)
-    check_layout(config.parallel, model, config.precision.name, world_size)
+    check_launch(config.launch)
+    several = config.launch.nodes > 1
+    workers = "launch.nodes*launch.processes" if several else "launch.processes"
+    check_layout(config.parallel, model, config.precision.name, world_size, workers)
     _check_batch(config, world_size)
     _check_schedule(config.optim, config.train.steps)
     _check_router(config.router, model, config.train.steps)
@@ -337,7 +341,7 @@ def _ranks(world_size: int, workers: str, *sizes: tuple[str, int]) -> None:
         numbers = " x ".join(str(size) for _, size in sizes)
         raise InputError(
             f"{world_size} ranks cannot be split into {names} = {numbers} = {product}; "
-            f"start a multiple of {product} workers ({workers} on one machine) or choose smaller sizes."
+            f"start a multiple of {product} workers ({workers}) or choose smaller sizes."
         )
 
 

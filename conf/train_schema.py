@@ -6,6 +6,7 @@ from omegaconf import MISSING
 
 from moexpand.conf.data_schema import Data
 from moexpand.conf.fields import key, part, words
+from moexpand.conf.launch_schema import Launch
 from moexpand.conf.model_schema import Model
 
 GRADIENTS = ("topk", "ste", "default_vector")
@@ -101,14 +102,6 @@ class Parallel:
 @dataclass
 class Precision:
     name: str = key("fp32", "fp32 or bf16 (fp32 master weights and moments in both)", ("fp32", "bf16"))
-
-
-@dataclass
-class Launch:
-    name: str = key("local", "local starts the workers on this machine", ("local",))
-    processes: int = key(1, "workers on this machine", within="[1, inf)")
-    grace_seconds: float = key(60.0, "time that workers get to save after a signal", within="[0, inf)")
-    dry_run: bool = key(False, "check everything, print the command and stop")
 
 
 @dataclass

@@ -1,7 +1,7 @@
-"""Starts the workers of a run on this machine through torchrun, passes signals on to them, and brings their result back.
+"""Starts the workers of this machine through torchrun, passes signals on to them, and brings their result back.
 
-torchrun turns every failure into exit code 1 and pages of text, and dies on SIGUSR1. So its text goes to a log, signals go to
-the workers alone, and the workers leave their result in a file (base/result.py). A worker that fails exits with an error,
+torchrun turns every failure into exit code 1 and pages of text. So its text goes to a log, signals go to the workers alone
+(launch/agent.py), and the workers leave their result in a file (base/result.py). A worker that fails exits with an error,
 which makes torchrun stop its peers; workers that stopped on request all exit with 0. Nothing is ever restarted here.
 """
 
@@ -21,10 +21,11 @@ from typing import TextIO
 
 import psutil
 
-import moexpand
 from moexpand.base.errors import STOPPED, EnvironmentFailure
 from moexpand.base.files import disk_errors
 from moexpand.base.result import FILE_NAME, read_result, remove_result
+from moexpand.launch.agent import ENDS
+from moexpand.launch.torchrun import ALONE, Node, command_line, environment
 
 # What is passed on to the workers for each signal; a closed terminal asks for a stop like any other.
 PASSED_ON = {
@@ -39,26 +40,6 @@ _PR_SET_PDEATHSIG = 1
 SCAN_SECONDS = 1.0
 
 
-def command_line(module: str, arguments: list[str], processes: int, logs: str = "") -> list[str]:
-    """The torchrun command for workers on this machine.
-
-    Args:
-        module: the workers' module, run with `-m`.
-        arguments: its arguments.
-        processes: how many workers.
-        logs: folder for the standard output of ranks 1 and up; without it they write to the same one as rank 0.
-    """
-    quiet = [f"--log-dir={logs}", f"--redirects={','.join(f'{rank}:1' for rank in range(1, processes))}"]
-    return [
-        *(sys.executable, "-m", "torch.distributed.run"),
-        *("--nnodes=1", f"--nproc-per-node={processes}", "--max-restarts=0"),
-        # Port 0 lets the rendezvous take a free one; the address keeps host names that do not resolve out of it.
-        *("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"),
-        *(quiet if logs and processes > 1 else []),
-        *("-m", module, *arguments),
-    ]
-
-
 def run_workers(
     module: str,
     arguments: list[str],
@@ -68,18 +49,23 @@ def run_workers(
     grace_seconds: float,
     timeout: float | None = None,
     echo: bool = True,
+    node: Node = ALONE,
+    echo_seconds: float = 0.0,
 ) -> int:
-    """Run workers to their end.
+    """Run the workers of this machine to their end.
 
     Args:
         module: the workers' module.
         arguments: its arguments.
         processes: how many workers.
         log: file for torchrun's text, the workers' standard error, and the output of ranks 1 and up.
-        result: folder into which the workers write their result (`write_result`); an older result there is removed.
+        result: folder into which the workers write their result (`write_result`); an older result there is removed (by the
+            head, where there are several nodes).
         grace_seconds: how long workers may go on after a signal; then, or after a second signal, they are killed.
         timeout: seconds after which they are killed in any case; None waits for ever.
         echo: the output of rank 0 goes to our standard output; otherwise to the log.
+        node: this machine's place among several.
+        echo_seconds: signals that come so soon after the first are the same request: batch systems send it by several ways.
 
     Returns:
         The code of the workers' result, or that of a stop where a signal came before they could take it; a code other than 0
@@ -91,19 +77,20 @@ def run_workers(
     with disk_errors(f"preparing {result}"):
         result.mkdir(parents=True, exist_ok=True)
         log.parent.mkdir(parents=True, exist_ok=True)
-        remove_result(result)
+        if not node.number:
+            remove_result(result)
     with tempfile.TemporaryDirectory(prefix="moexpand-") as logs, open(log, "a", encoding="utf-8") as text:
         begin = text.seek(0, os.SEEK_END)
         torchrun = subprocess.Popen(
-            command_line(module, arguments, processes, logs),
+            command_line(module, arguments, processes, logs, node),
             stdin=subprocess.DEVNULL,
             stdout=None if echo else text,
             stderr=text,
-            env=_environment(processes),
+            env=environment(processes),
             start_new_session=True,  # Ctrl-C reaches this process alone
             preexec_fn=_end_with_parent,
         )
-        ending = _wait(torchrun, grace_seconds, timeout)
+        ending = _wait(torchrun, grace_seconds, timeout, echo_seconds)
         _append_outputs(Path(logs), text)
     outcome = read_result(result)
     if outcome is None and ending.startswith("were stopped"):
@@ -135,25 +122,17 @@ def _killed_rank(log: Path, begin: int) -> str:
 def _end_with_parent() -> None:
     """Have the kernel ask this process to stop when its parent dies, even by SIGKILL; run in torchrun's process at its start."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, ENDS)
 
 
-def _environment(processes: int) -> dict[str, str]:
-    """Our environment, with the cores shared out and this package importable from any folder."""
-    package = str(Path(moexpand.__file__).resolve().parents[1])
-    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    threads = max(1, len(os.sched_getaffinity(0)) // processes)
-    return {"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONPATH": os.pathsep.join([*paths, package])}
-
-
-def _wait(torchrun: subprocess.Popen[bytes], grace_seconds: float, timeout: float | None) -> str:
+def _wait(torchrun: subprocess.Popen[bytes], grace_seconds: float, timeout: float | None, echo_seconds: float) -> str:
     """Wait for the end, pass signals on, kill when time is up; returns how it ended, as the middle of a sentence."""
     start = time.monotonic()
     kill_at = float("inf") if timeout is None else start + timeout
     scan_at, told, ending = start, False, "ended"
     tree: set[psutil.Process] = set()
     try:
-        with _recorded_signals() as received:
+        with _recorded_signals(echo_seconds) as received:
             while torchrun.poll() is None:
                 now = time.monotonic()
                 if now >= scan_at:
@@ -185,11 +164,17 @@ def _reason(received: list[signal.Signals]) -> str:
 
 
 @contextmanager
-def _recorded_signals() -> Iterator[list[signal.Signals]]:
+def _recorded_signals(echo_seconds: float) -> Iterator[list[signal.Signals]]:
     """Collect the signals that ask for a stop instead of dying from them; the old handlers come back at the end."""
     received: list[signal.Signals] = []
+    first = 0.0
 
     def record(number: int, frame: FrameType | None) -> None:
+        nonlocal first
+        now = time.monotonic()
+        if received and now - first <= echo_seconds:
+            return
+        first = first or now
         received.append(signal.Signals(number))
 
     old = {number: signal.signal(number, record) for number in PASSED_ON}

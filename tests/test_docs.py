@@ -14,7 +14,6 @@ from moexpand.base.errors import InputError
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
 NAMED_FILE = re.compile(r"`((?:\.ci|moexpand|conf|upcycle|parallel|train|data|launch|tests|bench|docs)/[\w./-]*)(?:::(\w+))?`")
-WORKER = "-m moexpand.train "
 
 
 def each_page() -> Any:
@@ -27,17 +26,15 @@ def fenced(page: Path) -> list[tuple[str, str]]:
 
 
 def command_lines(page: Path) -> Iterator[str]:
-    """Lines of blocks without a language, continued ones joined, that start moexpand or a worker of it."""
+    """Lines of blocks without a language, continued ones joined, that start moexpand."""
     for language, block in fenced(page):
         for line in [] if language else block.replace("\\\n", " ").splitlines():
-            if re.match(r"(\w+=\S* )*moexpand \S", line) or WORKER in line:
+            if re.match(r"(\w+=\S* )*moexpand \S", line):
                 yield line
 
 
 def words_of(line: str) -> list[str]:
-    """The words after `moexpand`; a torchrun line counts as `train`."""
-    if WORKER in line:
-        return ["train", *shlex.split(line.partition(WORKER)[2])]
+    """The words after `moexpand`."""
     return shlex.split(line.partition("moexpand ")[2])
 
 
@@ -67,21 +64,18 @@ def test_command_lines_are_found_and_a_wrong_one_would_fail() -> None:
     from moexpand.cli import COMMANDS
 
     assert commands == set(COMMANDS)
-    assert sum(WORKER in line for line in lines) >= 2
     with pytest.raises(InputError, match=r"did you mean train\.steps"):
-        compose_line(words_of("torchrun --nnodes=2 -m moexpand.train run.dir=r data.shards=s train.stepz=3"))
+        compose_line(words_of("moexpand train run.dir=r data.shards=s train.stepz=3"))
 
 
 def test_the_cluster_example_fits_its_own_number_of_ranks() -> None:
-    """The README's torchrun line, with the shape of the model that it names."""
+    """The README's job of SLURM, with the shape of the model that it names."""
     from moexpand.conf.check import check_train
     from moexpand.upcycle.models import find_model
 
-    (line,) = (line for line in command_lines(ROOT / "README.md") if WORKER in line)
-    ranks = 1
-    for option in ("nnodes", "nproc-per-node"):
-        ranks *= int(re.findall(rf"--{option}=(\d+)", line)[0])
-    check_train(compose_line(words_of(line)), find_model("Qwen3-30B-A3B-x4").architecture, ranks)
+    (line,) = (line for line in command_lines(ROOT / "README.md") if "launch=slurm" in line)
+    config = compose_line(words_of(line))
+    check_train(config, find_model("Qwen3-30B-A3B-x4").architecture, config.launch.nodes * config.launch.processes)
 
 
 @each_page()

@@ -5,7 +5,7 @@ import signal
 import time
 from types import FrameType
 
-ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 ECHO_SECONDS = 10.0
 """Launchers and batch systems pass signals on, each to every process, so that one request arrives several times."""

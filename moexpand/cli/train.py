@@ -1,45 +1,83 @@
-"""`moexpand train`: check everything, then start torchrun on this machine and bring back the workers' result."""
+"""`moexpand train`: check everything, then start the workers on this machine, submit them to SLURM, or write their script."""
 
 import shlex
 import signal
+import sys
 from pathlib import Path
 from types import FrameType
 
-from moexpand.base.errors import Stopped
+from moexpand.base.errors import DONE, Stopped
 from moexpand.base.files import disk_errors, write_atomic
 from moexpand.base.run_lock import refuse_running
 from moexpand.conf.compose import to_yaml
 from moexpand.conf.train_schema import TrainCommand
-from moexpand.launch.local import command_line, run_workers
+from moexpand.launch.local import run_workers
+from moexpand.launch.scripts import LAUNCHED, batch_script, torchrun_script
+from moexpand.launch.slurm import refuse_queued, submit
+from moexpand.launch.torchrun import command_line
 from moexpand.train import preflight
 
 WORKER = "moexpand.train"
-LAUNCHED = "launch.yaml"
+BY_HAND = "torchrun.sh"
 
 
 def run(config: TrainCommand) -> int:
-    """Run the workers and return their code."""
+    """Check, then start; returns the workers' code where they run on this machine."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, _stopped)
-    preflight.check(config, config.launch.processes)
-    folder = Path(config.run.dir)
-    arguments = ["--config-dir", str(folder), "--config-name", LAUNCHED]
+    preflight.check(config, config.launch.nodes * config.launch.processes)
     if config.launch.dry_run:
-        print(f"The configuration is sound; with it in {folder / LAUNCHED}, this would run:")
-        print(shlex.join(command_line(WORKER, arguments, config.launch.processes)))
-        return 0
+        print(_sound(config))
+        return DONE
+    folder = Path(config.run.dir)
+    refuse_queued(folder)
     refuse_running(folder)
     with disk_errors(f"preparing {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / LAUNCHED, to_yaml(config))
+    return {"local": _here, "slurm": _submit, "torchrun": _write}[config.launch.name](config, folder)
+
+
+def _sound(config: TrainCommand) -> str:
+    """What a dry run says: that nothing is wrong, and what would run. The script goes alone to standard output."""
+    folder, launch = Path(config.run.dir), config.launch
+    if launch.name == "local":
+        words = shlex.join(command_line(WORKER, _arguments(folder), launch.processes))
+        return f"The configuration is sound; with it in {folder / LAUNCHED}, this would run:\n{words}"
+    print(f"The configuration is sound; with it in {folder / LAUNCHED}, this script would start the run:", file=sys.stderr)
+    return (batch_script if launch.name == "slurm" else torchrun_script)(launch, folder.resolve())
+
+
+def _here(config: TrainCommand, folder: Path) -> int:
+    """Run the workers on this machine to their end."""
     return run_workers(
         WORKER,
-        arguments,
+        _arguments(folder),
         config.launch.processes,
         log=folder / "launch.log",
         result=folder,
         grace_seconds=config.launch.grace_seconds,
     )
+
+
+def _submit(config: TrainCommand, folder: Path) -> int:
+    """Submit the run to SLURM, which starts it in its own time."""
+    job = submit(folder.resolve(), batch_script(config.launch, folder.resolve()))
+    print(f"Submitted as job {job}; its output goes to {folder / f'slurm-{job}.out'}.")
+    print(f"scancel --signal=USR1 --batch {job} saves and puts it back into the queue, scancel {job} saves and ends it.")
+    return DONE
+
+
+def _write(config: TrainCommand, folder: Path) -> int:
+    """Write the script that is started on each node by hand."""
+    write_atomic(folder / BY_HAND, torchrun_script(config.launch, folder.resolve()))
+    print(f"Start this on each of {config.launch.nodes} nodes, with NODE from 0 and any free PORT of the node with NODE=0:")
+    print(f"bash {folder / BY_HAND} NODE HEAD:PORT")
+    return DONE
+
+
+def _arguments(folder: Path) -> list[str]:
+    return ["--config-dir", str(folder), "--config-name", LAUNCHED]
 
 
 def _stopped(number: int, frame: FrameType | None) -> None:

@@ -1,0 +1,70 @@
+"""Rules between the keys of `launch`; one sentence each."""
+
+import re
+from dataclasses import fields
+
+from moexpand.base.errors import InputError
+from moexpand.conf.fields import changed
+from moexpand.conf.launch_schema import Launch
+
+_TIME = re.compile(r"(\d+-)?\d+(:[0-5]?\d){0,2}")
+LOCAL = ("name", "processes", "grace_seconds", "dry_run")
+"""What a start on this machine reads."""
+
+
+def check_launch(launch: Launch) -> None:
+    """Check how a run shall start.
+
+    Raises:
+        InputError: a key that this way of starting does not read, or values that cannot go together.
+    """
+    _refuse_unread(launch)
+    if launch.name == "slurm":
+        if not _TIME.fullmatch(launch.time):
+            raise InputError(f"launch.time={launch.time} is not a time of SLURM; give minutes, HH:MM:SS or D-HH:MM:SS.")
+        if launch.signal_seconds < launch.grace_seconds:
+            raise InputError(
+                f"launch.signal_seconds={launch.signal_seconds} before its limit a job has to save, for which "
+                f"launch.grace_seconds={launch.grace_seconds:g} are given; give launch.signal_seconds at least as much."
+            )
+        for option in launch.options:
+            if not re.fullmatch(r"--[a-z][a-z-]*(=.*)?", option):
+                raise InputError(f"launch.options holds {option}, which is not an option such as --constraint=h100.")
+            if (name := option[2:].partition("=")[0]) in OWN:
+                raise InputError(f"launch.options holds {option}, which the script sets itself; give {OWN[name]}.")
+    if launch.mounts and launch.container is None:
+        raise InputError(f"launch.mounts=[{','.join(launch.mounts)}] belong to a container; give launch.container=IMAGE.")
+    if launch.name == "torchrun" and launch.container and launch.container_runtime == "pyxis":
+        raise InputError("launch.container_runtime=pyxis is a plugin of SLURM; give launch.container_runtime=apptainer.")
+
+
+OWN = {
+    "nodes": "launch.nodes",
+    "ntasks": "launch.nodes and launch.processes",
+    "ntasks-per-node": "launch.processes",
+    "job-name": "launch.job_name",
+    "partition": "launch.partition",
+    "account": "launch.account",
+    "time": "launch.time",
+    "signal": "launch.signal_seconds",
+    "gpus-per-node": "launch.gpus_per_node",
+    "cpus-per-task": "launch.cpus_per_node",
+    "exclusive": "launch.cpus_per_node=0",
+    "output": "run.dir",
+    "open-mode": "run.dir",
+    "requeue": "launch.restarts",
+}
+"""Options of sbatch that are in every script, with the key that sets them."""
+
+
+def _refuse_unread(launch: Launch) -> None:
+    """Name the first key that would change nothing."""
+    for given in changed(launch, "launch"):
+        key = given.partition("=")[0].removeprefix("launch.")
+        if launch.name == "local" and key not in LOCAL:
+            raise InputError(f"{given} changes nothing on this machine alone; give launch=slurm or launch=torchrun.")
+        if launch.name == "torchrun" and key in _SLURM:
+            raise InputError(f"{given} belongs to launch=slurm; leave it out, or give launch=slurm.")
+
+
+_SLURM = tuple(each.name for each in fields(Launch) if each.metadata["help"].startswith("slurm: "))

@@ -1,0 +1,64 @@
+"""Submits a run to SLURM, and knows whether its last job is still there."""
+
+import json
+import subprocess
+from pathlib import Path
+
+from moexpand.base.errors import EnvironmentFailure, InputError
+from moexpand.base.files import write_atomic
+
+SCRIPT = "job.sbatch"
+JOB = "job.json"
+"""In the run folder: the number of the job that was submitted last."""
+
+
+def refuse_queued(run: Path) -> None:
+    """Refuse a run whose last job waits or runs.
+
+    Raises:
+        InputError: SLURM still has it; the sentence names it.
+    """
+    try:
+        job = str(json.loads((run / JOB).read_text(encoding="utf-8"))["job"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return
+    state = _said(["squeue", "--noheader", f"--jobs={job}", "--format=%T"], check=False).strip()
+    if state:
+        raise InputError(f"Job {job} of {run} is {state.lower()}; wait for it, or cancel it with scancel {job}.")
+
+
+def submit(run: Path, script: str, wait: bool = False) -> str:
+    """Write the script into the run folder and submit it.
+
+    Args:
+        run: the run folder.
+        script: text of the batch script.
+        wait: come back when the job has ended for good.
+
+    Returns:
+        The number of the job.
+
+    Raises:
+        EnvironmentFailure: sbatch is missing or refuses; the sentence is what it said.
+    """
+    write_atomic(run / SCRIPT, script)
+    words = ["sbatch", "--parsable", *(["--wait"] if wait else []), str(run / SCRIPT)]
+    job = _said(words, check=not wait).strip().partition(";")[0]
+    write_atomic(run / JOB, json.dumps({"job": job}))
+    return job
+
+
+def _said(words: list[str], check: bool = True) -> str:
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        if not check:
+            return ""
+        raise EnvironmentFailure(
+            f"There is no {words[0]} on this machine; submit from a login node of the cluster, or look at the script with "
+            "launch.dry_run=true."
+        ) from None
+    if check and done.returncode:
+        why = "; ".join(line.removeprefix("sbatch: error: ").rstrip(".") for line in done.stderr.strip().splitlines())
+        raise EnvironmentFailure(f"{words[0]} refused the job: {why}.")
+    return done.stdout
