@@ -34,6 +34,7 @@ GROUPS: dict[str, dict[str, str | None]] = {
         "data": "strict",
         "precision": "fp32",
         "launch": "local",
+        "sweep": "basic",
         "track": "offline",
         "experiment": None,
     },

@@ -42,3 +42,14 @@ class Launch:
         3, "slurm: fresh starts in one job after failures between which no checkpoint was saved", within="[0, inf)"
     )
     options: list[str] = words("slurm: further options of sbatch, such as [--constraint=h100,--mem=0]")
+
+
+@dataclass
+class Sweep:
+    sampler: str = key(
+        "basic", "basic: every combination of the values; optuna: values that Optuna proposes", ("basic", "optuna")
+    )
+    trials: int = key(20, "optuna: points in all", within="[1, inf)")
+    parallel: int = key(1, "optuna with launch=slurm: jobs at the same time", within="[1, inf)")
+    metric: str = key("held_out_loss", "optuna: what shall be small at the end", ("held_out_loss", "loss"))
+    seed: int = key(0, "optuna: seed of its proposals", within="[0, 4294967295]")

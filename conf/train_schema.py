@@ -6,7 +6,7 @@ from omegaconf import MISSING
 
 from moexpand.conf.data_schema import Data
 from moexpand.conf.fields import key, part, words
-from moexpand.conf.launch_schema import Launch
+from moexpand.conf.launch_schema import Launch, Sweep
 from moexpand.conf.model_schema import Model
 
 GRADIENTS = ("topk", "ste", "default_vector")
@@ -174,6 +174,7 @@ class TrainCommand:
     data: Data = part(Data, "shards")
     precision: Precision = part(Precision, "number formats")
     launch: Launch = part(Launch, "how workers start")
+    sweep: Sweep = part(Sweep, "which points --multirun starts")
     save: Save = part(Save, "checkpoints")
     guard: Guard = part(Guard, "steps that are not taken")
     watchdog: Watchdog = part(Watchdog, "ranks that hang")

@@ -18,22 +18,22 @@ def refuse_queued(run: Path) -> None:
     Raises:
         InputError: SLURM still has it; the sentence names it.
     """
+    job, state = queued(run)
+    if state:
+        raise InputError(f"Job {job} of {run} is {state}; wait for it, or cancel it with scancel {job}.")
+
+
+def queued(run: Path) -> tuple[str, str]:
+    """The run's last job and its state, such as `running`; an empty state when SLURM no longer has it, or there was none."""
     try:
         job = str(json.loads((run / JOB).read_text(encoding="utf-8"))["job"])
     except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return
-    state = _said(["squeue", "--noheader", f"--jobs={job}", "--format=%T"], check=False).strip()
-    if state:
-        raise InputError(f"Job {job} of {run} is {state.lower()}; wait for it, or cancel it with scancel {job}.")
+        return "", ""
+    return job, _said(["squeue", "--noheader", f"--jobs={job}", "--format=%T"], check=False).strip().lower()
 
 
-def submit(run: Path, script: str, wait: bool = False) -> str:
+def submit(run: Path, script: str) -> str:
     """Write the script into the run folder and submit it.
-
-    Args:
-        run: the run folder.
-        script: text of the batch script.
-        wait: come back when the job has ended for good.
 
     Returns:
         The number of the job.
@@ -42,8 +42,7 @@ def submit(run: Path, script: str, wait: bool = False) -> str:
         EnvironmentFailure: sbatch is missing or refuses; the sentence is what it said.
     """
     write_atomic(run / SCRIPT, script)
-    words = ["sbatch", "--parsable", *(["--wait"] if wait else []), str(run / SCRIPT)]
-    job = _said(words, check=not wait).strip().partition(";")[0]
+    job = _said(["sbatch", "--parsable", str(run / SCRIPT)]).strip().partition(";")[0]
     write_atomic(run / JOB, json.dumps({"job": job}))
     return job
 

@@ -43,6 +43,13 @@ def compose_line(words: list[str]) -> Any:
     from moexpand.conf.compose import compose
 
     request = parse(words)
+    if request.multirun:
+        from moexpand.conf.axes import split_axes
+
+        fixed, axes = split_axes(request.overrides)
+        assert axes, words
+        point = [f"{axis.key}={axis.values[0] if axis.values else (axis.interval or (0.0,))[0]}" for axis in axes]
+        return compose(request.command, fixed + point)
     return compose(request.command, request.overrides, request.config_dir, request.config_name)
 
 

@@ -43,13 +43,14 @@ class Request:
     Attributes:
         command: a name of `COMMANDS`, or "" when only options were given.
         overrides: `key=value` words.
-        help, version, config_dir, config_name: the options.
+        help, version, multirun, config_dir, config_name: the options.
     """
 
     command: str
     overrides: list[str]
     help: bool = False
     version: bool = False
+    multirun: bool = False
     config_dir: str | None = None
     config_name: str | None = None
 
@@ -69,6 +70,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         request = parse(words)
         if request.help or request.version or not request.command:
             return _show_page(request)
+        if request.multirun:
+            from moexpand.cli.multirun import multirun
+
+            return multirun(request.overrides, request.config_dir, request.config_name)
         from moexpand.conf.compose import compose
 
         config = compose(request.command, request.overrides, request.config_dir, request.config_name)
@@ -105,13 +110,15 @@ def parse(words: list[str]) -> Request:
             options["help"] = True
         elif word == "--version":
             options["version"] = True
+        elif word in ("-m", "--multirun"):
+            options["multirun"] = True
         elif name in ("--config-dir", "--config-name", "-cd", "-cn"):
             option = {"d": "config_dir", "r": "config_dir", "n": "config_name", "e": "config_name"}[name[-1]]
             options[option] = value if equals else next(rest, "")
             if not options[option]:
                 raise InputError(f"{name} needs a value, as in {name} NAME.")
         elif word.startswith("-"):
-            raise InputError(f"{word} is not an option; there are --help, --version, --config-dir and --config-name.")
+            raise InputError(f"{word} is not an option; there are --help, --version, --multirun, --config-dir and --config-name.")
         elif equals or (names and _is_command(names)):
             overrides.append(word)
         else:
@@ -119,6 +126,8 @@ def parse(words: list[str]) -> Request:
     command = " ".join(names)
     if command and command not in COMMANDS:
         raise InputError(_unknown(command))
+    if options.get("multirun") and command != "train":
+        raise InputError("--multirun starts several runs of moexpand train; no other command has it.")
     return Request(command, overrides, **options)  # type: ignore[arg-type]
 
 

@@ -5,6 +5,7 @@ OPTIONS = {
     "--help": "this page; `moexpand COMMAND --help` lists the keys of a command",
     "--config-dir DIR": "folder with YAML of your own: options of the groups, and the file of --config-name",
     "--config-name NAME": "your own YAML; key=value on the command line comes after it",
+    "--multirun": "`train` alone: a run for each combination of values, as in optim.lr=1e-5,3e-5 seed=range(0,3)",
     "--version": "print the version",
 }
 

@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from moexpand.base.errors import DONE, Stopped
+from moexpand.base.errors import DONE, InputError, Stopped
 from moexpand.base.files import disk_errors, write_atomic
 from moexpand.base.run_lock import refuse_running
 from moexpand.conf.compose import to_yaml
+from moexpand.conf.fields import changed
 from moexpand.conf.train_schema import TrainCommand
 from moexpand.launch.local import run_workers
 from moexpand.launch.scripts import LAUNCHED, batch_script, torchrun_script
@@ -25,10 +26,22 @@ def run(config: TrainCommand) -> int:
     """Check, then start; returns the workers' code where they run on this machine."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, _stopped)
-    preflight.check(config, config.launch.nodes * config.launch.processes)
+    for given in changed(config.sweep, "sweep"):
+        raise InputError(f"{given} is for several runs; give --multirun as well, or leave it out.")
+    check(config)
     if config.launch.dry_run:
         print(_sound(config))
         return DONE
+    return start(config)
+
+
+def check(config: TrainCommand) -> None:
+    """Check everything that can be known to be wrong before a run starts."""
+    preflight.check(config, config.launch.nodes * config.launch.processes)
+
+
+def start(config: TrainCommand) -> int:
+    """Start a run that was checked: here to its end, or handed over to SLURM or to the user."""
     folder = Path(config.run.dir)
     refuse_queued(folder)
     refuse_running(folder)

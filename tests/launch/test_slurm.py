@@ -171,3 +171,29 @@ def test_shellcheck_finds_nothing(slurm: dict[str, str], shards: Path, tmp_path:
         checked = subprocess.run(["shellcheck", "-"], input=done.stdout, capture_output=True, text=True, timeout=60)
         assert checked.returncode == 0, checked.stdout
     assert not (tmp_path / "run").exists()
+
+
+def test_a_sweep_is_a_job_for_each_point(slurm: dict[str, str], shards: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    given = [
+        *words(shards, folder, train__steps=4, launch__cpus_per_node=1, launch__processes=1, parallel__expert=1),
+        "--multirun",
+    ]
+    first = command(slurm, *given, "optim.lr=1e-4,1e-3")
+    assert first.returncode == 0, first.stderr
+    jobs = re.findall(r"Submitted as job (\d+)", first.stdout)
+    assert len(jobs) == 2
+    again = command(slurm, *given, "optim.lr=1e-4,1e-3")
+    assert again.returncode == 0, again.stderr
+    assert [f"job {job} is" in again.stdout for job in jobs] == [True, True]
+    for job in jobs:
+        until(lambda job=job: state(slurm, job) == "COMPLETED", folder)  # type: ignore[misc]
+    assert command(slurm, *given, "optim.lr=1e-4,1e-3").stdout.count("done before") == 2
+
+
+def test_optuna_waits_for_the_jobs_that_it_proposed(slurm: dict[str, str], shards: Path, tmp_path: Path) -> None:
+    given = words(shards, tmp_path / "search", train__steps=3, launch__cpus_per_node=1, launch__processes=1, parallel__expert=1)
+    search = ["--multirun", "sweep=optuna", "sweep.metric=loss", "sweep.trials=3", "sweep.parallel=2"]
+    done = command(slurm, *given, *search, "optim.lr=interval(1e-4,1e-2)")
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"^trial \d: loss \d", done.stdout, re.MULTILINE)) == 3, done.stdout
