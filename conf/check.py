@@ -13,7 +13,7 @@ from moexpand.conf.check_encoders import Tower, check_deepstack
 from moexpand.conf.check_launch import check_launch
 from moexpand.conf.layers import layer_factors
 from moexpand.conf.schema import CalibrateCommand
-from moexpand.conf.train_schema import Balance, Optim, Parallel, Router, TrainCommand
+from moexpand.conf.train_schema import Balance, Optim, Parallel, Router, Train, TrainCommand
 
 
 class Numbers(Protocol):
@@ -65,7 +65,7 @@ def check_train(config: TrainCommand, model: Numbers, world_size: int, biased: b
     several = config.launch.nodes > 1
     workers = "launch.nodes*launch.processes" if several else "launch.processes"
     check_layout(config.parallel, model, config.precision.name, world_size, workers)
-    _check_batch(config, world_size)
+    check_batch(config.train, config.parallel, world_size)
     _check_schedule(config.optim, config.train.steps)
     _check_router(config.router, model, config.train.steps)
     _check_balance(config.balance, model, biased)
@@ -209,8 +209,12 @@ def _check_dispatcher(parallel: Parallel, model: Numbers) -> None:
         )
 
 
-def _check_batch(config: TrainCommand, world_size: int) -> None:
-    train, parallel = config.train, config.parallel
+def check_batch(train: Train, parallel: Parallel, world_size: int) -> None:
+    """Check that the batch and its sequences can be split over the ranks.
+
+    Raises:
+        InputError: they cannot.
+    """
     replicas = world_size // (parallel.tensor * parallel.context * parallel.pipeline)
     wave = train.micro_batch * replicas
     if train.global_batch % wave:

@@ -184,6 +184,31 @@ class ExportCommand:
 
 
 @dataclass
+class PlanCommand:
+    """Plan a run on a cluster: layouts that fit, memory by part, traffic by link, a configuration."""
+
+    model: str = key(MISSING, "checkpoint folder, config.json, or preset such as Qwen3-235B-A22B-x4")
+    precision: str = key("bf16", "number format of weights and activations", ("fp32", "bf16"))
+    nodes: int = key(1, "machines", within="[1, inf)")
+    gpus_per_node: int = key(8, "GPUs of a machine", within="[1, inf)")
+    gpu: str = key("h100", "a100-40, a100, h100, h200, b200, or the GiB that torch sees, as in gpu=96")
+    network_gbit: float = key(400.0, "rate of the network for each GPU, in Gbit/s", within="(0, inf)")
+    reserve_gib: float = key(6.0, "GiB to leave to CUDA, NCCL and fragmentation", within="[0, inf)")
+    seq_length: int = key(4096, "tokens of a packed sequence", within="[1, inf)")
+    global_batch: int = key(1024, "packed sequences a step", within="[1, inf)")
+    micro_batch: int = key(1, "packed sequences a forward pass", within="[1, inf)")
+    imbalance: float = key(
+        1.5, "load of the busiest rank's experts over the mean, where dispatch follows the router", within="[1, inf)"
+    )
+    pictures: float = key(0.25, "share of the tokens that are places of pictures, for models with a tower", within="[0, 1]")
+    top: int = key(8, "layouts to show", within="[1, inf)")
+    out: str | None = key(None, "file for the configuration of the first one, to be given to train by --config-name")
+    format: str = key("table", "table or json", ("table", "json"))
+    debug: bool = key(False, "print tracebacks")
+    parallel: Parallel = part(Parallel, "what is given here, other than its default, is kept")
+
+
+@dataclass
 class ReportCommand:
     """Write a run, or several, as one HTML page with plots."""
 
@@ -228,6 +253,7 @@ COMMANDS: dict[str, type] = {
     "export": ExportCommand,
     "logits": LogitsCommand,
     "report": ReportCommand,
+    "plan": PlanCommand,
     "doctor": DoctorCommand,
     "data build": DataBuildCommand,
     "data index": DataIndexCommand,

@@ -170,8 +170,20 @@ def update(optimizer: Any, refused: Callable[[float], str]) -> tuple[float, str]
         if part.config.clip_grad > 0 and not part.is_stub_optimizer:
             # Looked up here, as cpu.enable() puts another one in its place.
             megatron_optimizer.clip_grad_by_total_norm_fp32(part.get_parameters(), part.config.clip_grad, norm)
-    optimizer.step_with_ready_grads()
+    _apply(optimizer.chained_optimizers)
     return norm, ""
+
+
+def _apply(parts: Sequence[Any]) -> None:
+    """Update the weights, and gather them once: each of Megatron-Core's chained optimisers would gather those of all of them."""
+    for number, part in enumerate(parts):
+        chunks = part.model_chunks
+        if number < len(parts) - 1:
+            part.model_chunks = []
+        try:
+            part.step_with_ready_grads()
+        finally:
+            part.model_chunks = chunks
 
 
 def _copy_gradients(optimizer: Any) -> None:

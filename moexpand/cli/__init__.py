@@ -25,6 +25,7 @@ COMMANDS = {
     "export": "write a run's checkpoint as a Hugging Face folder",
     "logits": "run the engine forward on a Hugging Face folder",
     "report": "write a run, or several, as one HTML page with plots",
+    "plan": "plan a run on a cluster: layouts that fit, memory by part, traffic by link, a configuration",
     "doctor": "say what this machine has for training, what is missing and what mends it",
     "data build": "turn PDFs and other sources into shards",
     "data index": "index webdataset or energon tars in place",
