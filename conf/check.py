@@ -67,6 +67,7 @@ def check_train(config: TrainCommand, model: Numbers, world_size: int, biased: b
     check_layout(config.parallel, model, config.precision.name, world_size, workers)
     check_batch(config.train, config.parallel, world_size)
     _check_schedule(config.optim, config.train.steps)
+    _check_moments(config.optim)
     _check_router(config.router, model, config.train.steps)
     _check_balance(config.balance, model, biased)
     _check_track(config)
@@ -327,6 +328,15 @@ def _check_schedule(optim: Optim, steps: int) -> None:
         raise InputError(f"{total} is more than train.steps={steps}; choose a shorter warm-up or decay, or more steps.")
     if optim.min_lr > optim.lr:
         raise InputError(f"optim.min_lr={optim.min_lr} is above optim.lr={optim.lr}; choose a smaller one.")
+
+
+def _check_moments(optim: Optim) -> None:
+    if optim.moments != "reset" and optim.moments_from is None:
+        raise InputError(f"optim.moments={optim.moments} needs the parent's run; give optim.moments_from=FOLDER.")
+    if optim.moments == "reset" and optim.moments_from is not None:
+        raise InputError(
+            f"optim.moments_from={optim.moments_from} is not read with optim.moments=reset; give optim.moments=copy or scale."
+        )
 
 
 def _multiple(name: str, number: int, of: str, divisor: int, why: str) -> None:

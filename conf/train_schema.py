@@ -10,6 +10,7 @@ from moexpand.conf.launch_schema import Launch, Sweep
 from moexpand.conf.model_schema import Model
 
 GRADIENTS = ("topk", "ste", "default_vector")
+MOMENTS = ("reset", "copy", "scale")
 DISPATCHERS = ("alltoall", "allgather", "grouped_allgather")
 
 
@@ -41,6 +42,10 @@ class Optim:
     beta2: float = key(0.95, "AdamW beta2", within="[0, 1)")
     eps: float = key(1e-8, "AdamW epsilon", within="(0, inf)")
     clip_grad: float = key(1.0, "largest gradient norm; 0 turns clipping off", within="[0, inf)")
+    moments: str = key(
+        "reset", "Adam's moments at step 0: reset (zero), or those of the parent's run: copy, or scale (by copies)", MOMENTS
+    )
+    moments_from: str | None = key(None, "run folder of the parent, whose newest checkpoint has the moments")
 
 
 @dataclass

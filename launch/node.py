@@ -72,6 +72,8 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
         )
     endpoint = arguments.endpoint or meet(folder / MEETINGS, arguments.job, place, arguments.patience)
     check_reachable(endpoint, place)
+    if not place.number:
+        check_free(endpoint)
     node = Node(place.number, place.count, endpoint, place.name, arguments.job)
     log = folder / ("launch.log" if not place.number else f"launch.node_{place.number:05}.log")
     try:
@@ -186,6 +188,21 @@ def check_reachable(endpoint: str, place: Place) -> None:
             raise EnvironmentFailure(
                 f"Node {place.number} ({place.name}) cannot resolve {name}; add it to the name service or to /etc/hosts."
             ) from None
+
+
+def check_free(endpoint: str) -> None:
+    """Look whether the port where the nodes are to meet can be taken, on the head.
+
+    Raises:
+        EnvironmentFailure: another process has it.
+    """
+    port = int(endpoint.rpartition(":")[2])
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise EnvironmentFailure(f"Port {port} of the head cannot be taken ({error.strerror}); give another one.") from None
 
 
 def _free_port() -> int:

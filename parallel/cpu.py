@@ -10,6 +10,7 @@ version is pinned.
 import contextlib
 import ctypes
 import functools
+import resource
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -103,6 +104,13 @@ _STAND_IN = _CpuTorch()
 def device() -> torch.device:
     """The device that this process computes on."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else CPU
+
+
+def memory_gib() -> float:
+    """Most GiB that this process has held at once: of its GPU, or, without one, of the machine's memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def keep_freed_memory() -> None:

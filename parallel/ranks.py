@@ -139,8 +139,13 @@ def barrier() -> None:
     dist.barrier()
 
 
+def largest(*numbers: float) -> list[float]:
+    """Of each number the largest of all ranks."""
+    votes = torch.tensor(numbers, dtype=torch.float64, device=cpu.device())
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    return votes.tolist()
+
+
 def any_rank(*flags: bool) -> tuple[bool, ...]:
     """Whether each flag is set on any rank."""
-    votes = torch.tensor([float(flag) for flag in flags], device=cpu.device())
-    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-    return tuple(bool(vote) for vote in votes.tolist())
+    return tuple(map(bool, largest(*map(float, flags))))

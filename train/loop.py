@@ -22,6 +22,7 @@ from moexpand.train.checkpoints import Progress
 from moexpand.train.display import Display
 from moexpand.train.evaluation import HeldOut
 from moexpand.train.guard import Guard, History
+from moexpand.train.inheritance import inherited_moments
 from moexpand.train.metrics import console_line, evaluation_line, source_row, step_row
 from moexpand.train.parent_loss import parent_loss
 from moexpand.train.preflight import PLAN, Source
@@ -30,6 +31,7 @@ from moexpand.train.records import Records
 from moexpand.train.saving import Saver
 from moexpand.train.schedules import decoder_multiplier, learning_rate, router_multiplier
 from moexpand.train.signals import StopRequest
+from moexpand.train.summary import summary
 from moexpand.train.telemetry import Telemetry, telemetry_notes
 from moexpand.train.watchdog import Watchdog
 from moexpand.upcycle.plan import row_per_line
@@ -63,6 +65,7 @@ def train(
         read = Batches(data, config, here.data_rank, here.data_size, progress.step)
         guard = Guard(config.guard, History(**progress.guard))
         saver = Saver(engine, run, config.save, to_yaml(config), progress.step, records)
+        saver.check_space()
 
         def interrupted() -> bool:
             watchdog.mark(f"evaluating step {progress.step}")
@@ -74,7 +77,8 @@ def train(
         while True:
             # Between two steps: publish what was written meanwhile, save, stop, evaluate.
             watchdog.mark(f"the end of step {progress.step}")
-            stopping, writing = ranks.any_rank(stop.asked, saver.writing)
+            asked, writes, memory = ranks.largest(stop.asked, saver.writing, cpu.memory_gib())
+            stopping, writing = bool(asked), bool(writes)
             saver.poll(writing)
             due = progress.step == steps or (config.save.every and progress.step and progress.step % config.save.every == 0)
             if (stopping or due) and saver.newest != progress.step:
@@ -108,6 +112,7 @@ def train(
             progress = replace(progress, step=progress.step + 1, tokens=progress.tokens + report.tokens)
             seconds, groups = time.perf_counter() - began, source.architecture.router_n_groups
             row = step_row(report, progress, rates, seconds, read.waited, groups) | telemetry.row(progress.step, report)
+            row["memory_gib"] = memory
             if source.architecture.vision is not None:
                 row |= {"tower_lr": rates.tower, "projector_lr": rates.projector}
             if source.architecture.time_series is not None:
@@ -115,14 +120,15 @@ def train(
             if here.main:
                 row |= source_row(data, progress.step)
             records.step(row)
-            display.say(console_line(row, steps))
-            display.advance(progress.step, f"loss {report.loss:.4f}")
+            display.step(progress.step, console_line(row, steps), f"loss {report.loss:.4f}")
             if report.skipped:
                 records.event("skipped", progress.step, f"step {progress.step} is skipped: {report.skipped}", warning=True)
             elif guard.warning:
                 records.event("leapt", progress.step, f"step {progress.step}: {guard.warning}", warning=True)
             guard.note(progress.step, report.loss, report.grad_norm, report.skipped)
         records.event("finished", steps, f"all {steps} steps are done")
+        for line in summary(run) if here.main else []:
+            display.say(line)
 
 
 def _evaluation_due(config: TrainCommand, step: int) -> bool:
@@ -175,6 +181,7 @@ def _start(config: TrainCommand, source: Source, data: PackedData, here: ranks.R
         setup.fill(engine, source, config.seed)
         notes += setup.rounded_routers(config, source)
         engine.prepare_training(setup.adam_of(config))
+        notes += inherited_moments(config, source, engine, here)
         return engine, Progress(0, 0, fixed, noted, ranks.broadcast(checkpoints.new_identity()), made_by=made_by()), notes
     progress = checkpoints.read_progress(folder)
     notes += checkpoints.compare(progress, fixed, noted, folder)

@@ -100,6 +100,6 @@ def console_line(row: dict[str, Any], steps: int) -> str:
     counted = f"{row['step']:>{len(str(steps))}}/{steps}"
     return (
         f"step {counted}  loss {row['loss']:.4f}  grad {row['grad_norm']:.3f}  lr {row['lr']:.2e}  "
-        f"{row['tokens_per_second']:,.0f} tok/s  data {row['data_seconds']:.2f}s  load max {row['moe/load_max']:.1f}x "
-        f"cv {row['moe/load_cv']:.2f}{skipped}"
+        f"{row['tokens_per_second']:,.0f} tok/s  data {row['data_seconds']:.2f}s  mem {row['memory_gib']:.1f}G  "
+        f"load max {row['moe/load_max']:.1f}x cv {row['moe/load_cv']:.2f}{skipped}"
     )

@@ -121,6 +121,7 @@ def check(config: TrainCommand, world_size: int) -> tuple[Source, PackedData]:
     check_time_series(config, encoder)
     data = open_data(config)
     _check_parent(config, data, world_size)
+    _check_moments(config)
     check_vocabulary(data, data.sources[0].place, source.architecture)
     check_places(data, data.sources[0].place, source.architecture)
     return source, data
@@ -139,6 +140,13 @@ def _check_parent(config: TrainCommand, data: PackedData, world_size: int) -> No
     check_layout(config.parallel, architecture, config.precision.name, world_size)
     check_vocabulary(data, data.sources[0].place, architecture)
     check_places(data, data.sources[0].place, architecture)
+
+
+def _check_moments(config: TrainCommand) -> None:
+    """Refuse a run to take moments from that has no checkpoint."""
+    run = config.optim.moments_from
+    if run is not None and not any((Path(run) / CHECKPOINTS).glob("step_*")):
+        raise InputError(f"optim.moments_from={run} holds no checkpoint; give the run folder of the parent.")
 
 
 def _refuse_shape(config: TrainCommand) -> None:

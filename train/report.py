@@ -1,6 +1,6 @@
 """`moexpand report`: one HTML page of one or several runs, from what stands in their folders; no links, no scripts, no torch.
 
-Reads config.yaml, metrics.jsonl and evaluations.jsonl, also of a run that is still going on.
+Reads config.yaml, metrics.jsonl, evaluations.jsonl and events.jsonl, also of a run that is still going on.
 """
 
 import html
@@ -15,9 +15,10 @@ import yaml
 from moexpand.base.errors import InputError
 from moexpand.base.files import disk_errors, read_json, write_atomic
 from moexpand.conf.schema import ReportCommand
+from moexpand.train.report_events import counted, restarts, shown
 from moexpand.train.report_plots import MANY_POINTS, Run, colours, draw, style, to_svg
 from moexpand.train.report_sections import SECTIONS
-from moexpand.train.tables import EVALUATIONS, METRICS, read_rows, series
+from moexpand.train.tables import EVALUATIONS, EVENTS, METRICS, read_rows, series
 from moexpand.upcycle.config_json import read_architecture
 
 PAGE = Path("report", "index.html")
@@ -151,7 +152,7 @@ def read_run(folder: Path, name: str) -> Run:
     rows = read_rows(folder / METRICS)
     if not rows:
         raise InputError(f"{folder / METRICS} holds no step yet; wait for the first one, or start the run.")
-    return Run(name, read_settings(folder), rows, read_rows(folder / EVALUATIONS))
+    return Run(name, read_settings(folder), rows, read_rows(folder / EVALUATIONS), read_rows(folder / EVENTS))
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -242,6 +243,7 @@ def _head(folders: Sequence[Path], runs: Sequence[Run]) -> str:
     rows.append(["steps", *(_text(_steps(run)) for run in runs)])
     rows.append(["tokens", *(_text(_number(run.rows[-1].get("tokens"))) for run in runs)])
     rows.append(["skipped steps", *(_text(sum(bool(row.get("skipped")) for row in run.rows)) for run in runs)])
+    rows.append(["restarts", *(_text(len(restarts(run))) for run in runs)])
     rows.append(["evaluations", *(_text(len(run.evaluations)) for run in runs)])
     for name, parts in SETTINGS.items():
         told = [", ".join(form.format(_value(run.settings[k])) for k, form in parts.items() if _given(run, k)) for run in runs]
@@ -249,7 +251,7 @@ def _head(folders: Sequence[Path], runs: Sequence[Run]) -> str:
             rows.append([name, *map(_text, told)])
     if not all(run.settings for run in runs):
         rows.append(["settings", *("" if run.settings else f"no {CONFIG} in the folder" for run in runs)])
-    return _table(["", *_run_headings(runs)], rows) + _differences(runs)
+    return _table(["", *_run_headings(runs)], rows) + _differences(runs) + _events(runs)
 
 
 def _differences(runs: Sequence[Run]) -> str:
@@ -263,6 +265,18 @@ def _differences(runs: Sequence[Run]) -> str:
         return ""
     table = _table(["key", *_run_headings(runs)], rows)
     return f"<details open><summary>Keys that differ between the runs: {len(rows)}</summary>{table}</details>"
+
+
+def _events(runs: Sequence[Run]) -> str:
+    """What happened to each run, folded up."""
+    parts = []
+    for run in runs:
+        if run.events:
+            cells = [[_text(row.get(key, "")) for key in ("time", "step", "event", "text")] for row in shown(run)]
+            name = f" to {_text(run.name)}" if len(runs) > 1 else ""
+            table = _table(["time (UTC)", "step", "event", ""], cells)
+            parts.append(f"<details><summary>What happened{name}: {_text(counted(run))}</summary>{table}</details>")
+    return "".join(parts)
 
 
 def _figures(runs: Sequence[Run]) -> str:

@@ -47,13 +47,14 @@ class Run:
     Attributes:
         name: short, and no other run's; stands beside its colour on the page, and not in the pictures.
         settings: its config.yaml by dotted keys; empty where there is none.
-        rows, evaluations: its tables.
+        rows, evaluations, events: its tables.
     """
 
     name: str
     settings: dict[str, Any]
     rows: Rows
     evaluations: Rows = field(default_factory=list)
+    events: Rows = field(default_factory=list)
 
 
 @dataclass(frozen=True)

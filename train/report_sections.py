@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moexpand.train.report_events import mark_restarts
 from moexpand.train.report_plots import FEW_POINTS, GREY, MOST_POINTS, Entries, Line, Plot, Run, colours, plain
 from moexpand.train.tables import series
 
@@ -55,7 +56,7 @@ def _loss(axes: "Axes", runs: Sequence[Run]) -> Entries:
         axes.axhline(value, color=colour if len(entropies) > 1 else GREY, linestyle="--", linewidth=1.0)
     if entropies:
         entries.append((Line2D([], [], color=GREY, linestyle="--", linewidth=1.0), "entropy of token frequencies"))
-    return entries + _skipped(axes, runs)
+    return entries + _skipped(axes, runs) + mark_restarts(axes, runs)
 
 
 def _held_out_differences(axes: "Axes", runs: Sequence[Run]) -> Entries:
@@ -358,6 +359,14 @@ SECTIONS = (
                 (Line("seconds", "whole step"), Line("data_seconds", "data_seconds (wait for data)")),
                 zero=True,
                 robust=True,
+            ),
+            Plot(
+                "Memory",
+                "GiB, fullest rank",
+                "memory_gib: the most that was held so far; flat after the first steps.",
+                (Line("memory_gib", "memory_gib"),),
+                zero=True,
+                exact=True,
             ),
             Plot(
                 "Phases of a step",

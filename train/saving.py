@@ -39,6 +39,27 @@ class Saver:
         self.newest: int | None = step or None
         """Step of the newest checkpoint, published or begun."""
 
+    def check_space(self) -> None:
+        """Look whether the disk can take the checkpoints that are to come.
+
+        Raises:
+            EnvironmentFailure: on all ranks, there is no room for a single one.
+        """
+        size = checkpoint.nbytes(self._engine)
+        free = ranks.broadcast(shutil.disk_usage(self._run).free if self._engine.ranks.main else 0)
+        if free < size:
+            raise EnvironmentFailure(
+                f"A checkpoint takes {size / 1e6:,.0f} MB and {self._run} has {free / 1e6:,.0f} MB free; make room, or choose "
+                "another run.dir."
+            )
+        # A new one is written before an old one is removed.
+        more = self._settings.keep + self._settings.keep_best + 1 - len(list_steps(self._run))
+        if self._settings.every and free < more * size:
+            self._records.note(
+                f"WARNING: there are to be {more} more checkpoints at a time (save.keep), each of {size / 1e6:,.0f} MB, and "
+                f"{self._run} has {free / 1e6:,.0f} MB free."
+            )
+
     @property
     def writing(self) -> bool:
         """Whether this rank still writes in the background."""

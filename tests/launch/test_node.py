@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import socket
 import subprocess
 import sys
 import threading
@@ -88,6 +89,16 @@ def test_names_that_do_not_resolve_are_told() -> None:
     with pytest.raises(EnvironmentFailure, match=r"Node 1 \(localhost\) cannot resolve no-such-host\.invalid"):
         check_reachable("no-such-host.invalid:29500", Place(1, "localhost", 2))
     check_reachable("127.0.0.1:29500", Place(1, "localhost", 2))
+
+
+def test_a_port_that_is_taken_is_told() -> None:
+    with socket.socket() as holder:
+        holder.bind(("", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        with pytest.raises(EnvironmentFailure, match=rf"Port {port} of the head cannot be taken \(Address already in use\)"):
+            node.check_free(f"localhost:{port}")
+    node.check_free(f"localhost:{port}")
 
 
 def test_a_run_folder_that_is_not_shared_is_told(tmp_path: Path) -> None:

@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 
 from tests.parallel import runs
 from tests.parallel.legs import RULES
-from tests.parallel.runs import Block, merged
+from tests.parallel.states import STATES, Held, held, whole_of
 from tests.processes import run_on_ranks
 
-STATES = ("param", "exp_avg", "exp_avg_sq")
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "EP1": (1, {}),
     "EP2": (2, {"expert": 2}),
@@ -23,35 +22,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "DP2": (2, {}),
     "PP2 EP2": (4, {"pipeline": 2, "expert": 2}),
 }
-
-Held = dict[str, list[Block]]
-"""This rank's parts of each state, NaN where another rank holds them."""
-
-
-def _held(built: Any) -> Held:
-    """Read off Megatron-Core's own tables, by Hugging Face name, without what checkpoints are made with."""
-    from moexpand.parallel import weights
-
-    def read(state: str) -> list[Block]:
-        import torch
-
-        def values(parameter: torch.Tensor) -> torch.Tensor:
-            found = torch.full(parameter.shape, torch.nan)
-            for part in built.optimizer.chained_optimizers:
-                if parameter in part.model_param_gbuf_map:
-                    span = part._get_model_param_range_map(parameter)["param"]
-                    group, position = part.model_param_group_index_map[parameter]
-                    shard = part.optimizer.param_groups[group]["params"][position]
-                    flat = shard if state == "param" else part.optimizer.state[shard][state]
-                    found.view(-1)[span.start : span.end] = flat.detach()
-            return found
-
-        return [
-            (part.name, part.shape, part.rows, part.columns, part.local.clone().numpy())
-            for part in weights.parts(built.stages, built.shape, values)
-        ]
-
-    return {state: read(state) for state in STATES}
 
 
 def _reshard(folder: Path, layout: dict[str, Any], load: Path | None, save: Path) -> tuple[Held, list[float]]:
@@ -64,7 +34,7 @@ def _reshard(folder: Path, layout: dict[str, Any], load: Path | None, save: Path
             runs.train(built, 0, 3)
         else:
             assert checkpoint.load(built, load) == {"step": 3}
-        held = _held(built)
+        found = held(built)
         steps = [
             float(state["step"]) for part in optimizer_state.parts(built.optimizer) for state in part.optimizer.state.values()
         ]
@@ -72,23 +42,14 @@ def _reshard(folder: Path, layout: dict[str, Any], load: Path | None, save: Path
             save.mkdir()
         ranks.barrier()
         checkpoint.save(built, save, {"step": 3})
-    return held, steps
-
-
-def _whole(answers: list[tuple[Held, list[float]]]) -> dict[str, dict[str, np.ndarray]]:
-    assert {step for _, steps in answers for step in steps} == {3.0}
-    whole = {state: merged([held[state] for held, _ in answers]) for state in STATES}
-    assert not any(np.isnan(value).any() for tensors in whole.values() for value in tensors.values()), (
-        "some part is held by nobody"
-    )
-    return whole
+    return found, steps
 
 
 @pytest.fixture(scope="module")
 def origin(parent: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, np.ndarray]]]:
     """A checkpoint of three steps on EP 2, and what it was made of."""
     folder = tmp_path_factory.mktemp("origin") / "ep2"
-    whole = _whole(run_on_ranks(_reshard, 2, parent, LAYOUTS["EP2"][1], None, folder))
+    whole = whole_of(run_on_ranks(_reshard, 2, parent, LAYOUTS["EP2"][1], None, folder))
     assert all(np.abs(value).max() > 0 for state in STATES for value in whole[state].values()), "every moment has moved"
     return folder, whole
 
@@ -111,8 +72,8 @@ def test_and_on_more_layouts(
 def _there_and_back(origin: tuple[Path, dict[str, dict[str, np.ndarray]]], parent: Path, tmp_path: Path, name: str) -> None:
     saved, due = origin
     size, layout = LAYOUTS[name]
-    there = _whole(run_on_ranks(_reshard, size, parent, layout, saved, tmp_path / "there"))
-    back = _whole(run_on_ranks(_reshard, 2, parent, LAYOUTS["EP2"][1], tmp_path / "there", tmp_path / "back"))
+    there = whole_of(run_on_ranks(_reshard, size, parent, layout, saved, tmp_path / "there"))
+    back = whole_of(run_on_ranks(_reshard, 2, parent, LAYOUTS["EP2"][1], tmp_path / "there", tmp_path / "back"))
     for found in (there, back):
         for state in STATES:
             assert found[state].keys() == due[state].keys()

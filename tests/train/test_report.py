@@ -38,6 +38,7 @@ def rows_of(steps: int) -> list[dict[str, Any]]:
     for step in range(1, steps + 1):
         row: dict[str, Any] = {"step": step, "tokens": 100 * step, "loss": 5.0 / step, "grad_norm": 1.0 + 1 / step, "lr": 1e-3}
         row |= {"router_lr": 2e-3, "tokens_per_second": 10.0, "seconds": 1.0, "data_seconds": 0.1, "skipped": 0}
+        row |= {"memory_gib": 1.5}
         row |= {"moe/balance_loss": 1.1, "moe/group_balance_loss": 1.2, "moe/z_loss": 40.0 + step, "moe/load_cv": 0.5}
         row |= {"moe/rank_rows_cv": 0.0, "moe/rank_rows_max": 1.0, "moe/group_load_cv": 0.4, "moe/load_max": 2.0 + step}
         row |= {"moe/group_load_max": 2.0, "moe/load_entropy": 0.9, "moe/dead_experts": 0.0}
@@ -254,6 +255,36 @@ def test_null_is_a_gap_and_skipped_steps_are_marked_and_counted(tmp_path: Path) 
     assert cells(page, "grad_norm") == ["2", "1.1667", "1.35"]
     assert "Entropy of the load" not in titles(page)
     assert not re.findall(r"\bnan\b", page, re.IGNORECASE)
+
+
+def test_restarts_are_counted_marked_and_listed_with_everything_else_that_happened(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", rows_of(6))
+    events = [("started", 0), ("saved", 2), ("stopped", 3), ("started", 3), ("skipped", 4), ("started", 5), ("finished", 6)]
+    lines = [
+        json.dumps({"time": f"t{n}", "step": step, "event": kind, "text": f"<{kind}>"}) for n, (kind, step) in enumerate(events)
+    ]
+    (run / "events.jsonl").write_text("\n".join(lines) + "\n")
+    page = page_of(run)
+    assert cells(page, "restarts") == ["2"]
+    assert page.count(">restarts</text>") == 1, "the legend of the loss"
+    assert "What happened: started 3, saved 1, stopped 1, skipped 1, finished 1" in page
+    assert cells(page, "t3") == ["3", "started", "&lt;started&gt;"]
+
+    quiet = make_run(tmp_path / "quiet", rows_of(6))
+    both = page_of(run, f"compare=[{quiet}]")
+    assert cells(both, "restarts") == ["2", "0"]
+    assert "What happened to run: started 3" in both
+
+
+def test_many_events_are_cut_to_the_newest_without_checkpoints(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", rows_of(6))
+    rows = [{"time": "t", "step": n, "event": "saved" if n % 2 else "leapt", "text": f"no. {n}."} for n in range(1000)]
+    (run / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = page_of(run)
+    assert "What happened: leapt 500, saved 500" in page
+    assert page.count("<td>leapt</td>") == 300
+    assert "no. 998." in page
+    assert "<td>saved</td>" not in page
 
 
 def test_a_run_that_is_all_null_has_a_page(tmp_path: Path) -> None:
