@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from moexpand.base.errors import DONE, ENVIRONMENT, STOPPED, InputError, MoexpandError
+from moexpand.base.errors import DONE, ENVIRONMENT, STOPPED, CheckFailed, InputError, MoexpandError
 from moexpand.base.files import disk_errors
 from moexpand.base.result import read_result
 from moexpand.cli.train import check, start
@@ -147,7 +147,9 @@ def _search(base: TrainCommand, axes: list[Axis], whole: set[str], make: Make) -
                 _conclude(search, number, running.pop(number), ENVIRONMENT if result is None else result.code, base.sweep.metric)
     ranking = search.ranking()
     _tell([make(f"trial_{number:04}", ()) for number, _ in ranking[:10]], base.sweep.metric)
-    return DONE if ranking else ENVIRONMENT
+    if not ranking:
+        raise CheckFailed(f"None of the {base.sweep.trials} trials came to its end; what was wrong stands above.")
+    return DONE
 
 
 def _begin(point: Point) -> int | None:

@@ -265,7 +265,7 @@ def test_a_target_that_exists_is_refused_and_left_alone(parent: Path, shards: Pa
 
 WRONG = {
     "a layout that does not fit": (["parallel.expert=3", "processes=3"], "parallel.expert"),
-    "ranks that do not fit": (["parallel.expert=2"], "(processes on one machine)"),
+    "ranks that do not fit": (["parallel.expert=2"], "(processes)"),
     "sequences that cannot be split": (["parallel.tensor=2", "processes=2", "seq_length=63"], "seq_length=63"),
     "no checkpoint": (["checkpoint=nowhere"], "nowhere"),
     "no shards": (["data.shards=nowhere"], "nowhere"),

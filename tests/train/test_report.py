@@ -400,7 +400,7 @@ def test_no_torch_is_imported_and_matplotlib_only_to_draw(run: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == f"wrote {run / 'report' / 'index.html'}: runs 1, steps 6, plots 19\n"
+    assert done.stdout == f"wrote {run / 'report' / 'index.html'}: runs 1, steps 6, plots 20\n"
 
 
 def test_a_series_has_the_rows_with_its_key() -> None:
