@@ -53,7 +53,7 @@ def train(
     held_out = HeldOut(data, config.evaluate.batches, config.train.micro_batch, engine) if config.evaluate.every else None
     with ExitStack() as closed_at_the_end:
         display = closed_at_the_end.enter_context(closing(Display(here.main, config.plain, progress.step, steps)))
-        records = closed_at_the_end.enter_context(closing(Records(config, progress, here.main, display.say)))
+        records = closed_at_the_end.enter_context(closing(Records(config, progress, source.expansion, here.main, display.say)))
         if here.main:
             write_atomic(run / "config.yaml", to_yaml(config))
             if source.plan is not None:

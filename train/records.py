@@ -12,14 +12,18 @@ from typing import Any
 
 from moexpand.conf.train_schema import TrainCommand
 from moexpand.train.checkpoints import Progress
+from moexpand.train.expansion_table import COLUMNS, expansion_rows
 from moexpand.train.tables import EVALUATIONS, EVENTS, METRICS, Table
 from moexpand.train.tracking import Tracker
+from moexpand.upcycle.plan import Plan
 
 
 class Records:
     """Open tables and the tracker of a run that stands at `progress`."""
 
-    def __init__(self, config: TrainCommand, progress: Progress, main: bool, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, config: TrainCommand, progress: Progress, expansion: Plan | None, main: bool, say: Callable[[str], None]
+    ) -> None:
         self._main, self._say = main, say
         if not main:
             return
@@ -30,7 +34,9 @@ class Records:
         self._events = Table(run / EVENTS, sys.maxsize, say)
         self.held_out = {row["step"]: row["held_out_loss"] for row in self._evaluations.rows}
         """Held-out losses by step (on rank 0)."""
-        self._tracker = Tracker(config.track, run, progress.wandb_id, asdict(config), say)
+        tables = {} if expansion is None else {"expansion": (COLUMNS, expansion_rows(expansion))}
+        shown = asdict(config) | {"made_by": progress.made_by}
+        self._tracker = Tracker(config.track, run, progress.wandb_id, shown, say, tables)
 
     def step(self, row: dict[str, Any]) -> None:
         """Write down a step."""

@@ -3,7 +3,7 @@
 import os
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,30 @@ WAITING_ROWS = 100_000
 """Rows that may wait for W&B; more are left out."""
 
 
+TableOf = tuple[Sequence[str], Sequence[Sequence[Any]]]
+"""Columns and rows."""
+
+
 class Tracker:
     """A W&B run on rank 0, in a thread of its own. Every failure is told once, and tracking then stays off.
 
     Args:
         identity: the run's; a run that goes on is continued under it.
         config: what W&B shows as the run's configuration.
+        tables: by name, columns and rows that are shown once.
         say: where lines for the reader go; called from the thread too.
     """
 
-    def __init__(self, track: Track, run: Path, identity: str, config: dict[str, Any], say: Callable[[str], None]) -> None:
-        self._say = say
+    def __init__(
+        self,
+        track: Track,
+        run: Path,
+        identity: str,
+        config: dict[str, Any],
+        say: Callable[[str], None],
+        tables: Mapping[str, TableOf] | None = None,
+    ) -> None:
+        self._say, self._tables = say, tables or {}
         self._rows: queue.Queue[dict[str, Any] | None] = queue.Queue(WAITING_ROWS)
         self._thread: threading.Thread | None = None
         self._left_out = 0
@@ -79,6 +92,8 @@ class Tracker:
             import wandb
 
             run = wandb.init(**settings, settings=wandb.Settings(silent=True, console="off", init_timeout=INIT_SECONDS))
+            for name, (columns, rows) in self._tables.items():
+                run.log({name: wandb.Table(columns=list(columns), data=[list(row) for row in rows])}, commit=False)
             while (row := self._rows.get()) is not None:
                 run.log(row, step=row["step"])
             folder = Path(run.dir).parent

@@ -61,7 +61,7 @@ def test_a_row_holds_what_others_read_and_the_line_what_people_read() -> None:
     assert [row[name] for name in names.split()] == [7, 123, 2.0 / 3.0, 1.5, 1e-3, 25.0, 0.5, 1]
     assert (row["moe/balance_loss"], row["moe/group_balance_loss"], row["moe/z_loss"]) == (1.5, 2.0, 5.0)
     assert (row["router_lr"], row["moe/rank_rows_cv"], row["moe/rank_rows_max"]) == (2e-3, 0.5, 1.5)
-    line = console_line(row, 100)
+    line = console_line(row | {"memory_gib": 12.34}, 100)
     assert "\n" not in line
     for part in ("7/100", "0.6667", "1.500", "SKIPPED"):
         assert part in line
@@ -160,7 +160,8 @@ def test_wandb_has_every_row_under_its_step(tmp_path: Path) -> None:
     from moexpand.train.tracking import Tracker
 
     said: list[str] = []
-    tracker = Tracker(Track(wandb="offline", group="sweep"), tmp_path, "identity0001", {"seed": 3}, said.append)
+    tables = {"expansion": (("layer", "parents copied"), [[0, 128], [1, 127]])}
+    tracker = Tracker(Track(wandb="offline", group="sweep"), tmp_path, "identity0001", {"seed": 3}, said.append, tables)
     for step in (1, 2, 3):
         tracker.log({"step": step, "loss": 4.0 - step / 8})
     tracker.finish()
@@ -174,8 +175,24 @@ def test_wandb_has_every_row_under_its_step(tmp_path: Path) -> None:
         record.ParseFromString(data)
         if record.WhichOneof("record_type") == "history":
             row = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-            losses[row["step"]] = row["loss"]
+            if "loss" in row:  # the tables come in a row of their own
+                losses[row["step"]] = row["loss"]
         elif record.WhichOneof("record_type") == "run":
             assert record.run.run_group == "sweep"
             assert record.run.run_id == "identity0001"
     assert losses == {1: 3.875, 2: 3.75, 3: 3.625}
+    (table,) = (folder / "files" / "media" / "table").glob("expansion_*.table.json")
+    assert json.loads(table.read_text()) == {"columns": ["layer", "parents copied"], "data": [[0, 128], [1, 127]]}
+
+
+def test_the_table_of_an_expansion_counts_what_the_map_says() -> None:
+    from moexpand.train.expansion_table import COLUMNS, expansion_rows
+    from moexpand.upcycle.plan import Plan
+
+    # Two groups of three slots: parent 0 in both groups, parent 1 twice in one, parent 2 once.
+    plan = Plan(parent="p", num_experts=6, num_groups=2, placement="map", slot_to_parent=((0, 1, 1, 0, 0, 2), ()))
+    (row,) = expansion_rows(plan)
+    assert dict(zip(COLUMNS, row, strict=True)) == {
+        "layer": 0, "experts": 6, "groups": 2, "parents copied": 3, "copies of one, least": 1, "copies of one, most": 3,
+        "groups that hold a parent's copies, mean": pytest.approx(4 / 3, abs=1e-4),
+    }  # fmt: skip
