@@ -7,7 +7,6 @@ from moexpand.base.errors import InputError
 from moexpand.conf.fields import changed
 from moexpand.conf.launch_schema import Launch
 
-_TIME = re.compile(r"(\d+-)?\d+(:[0-5]?\d){0,2}")
 LOCAL = ("name", "processes", "grace_seconds", "dry_run")
 """What a start on this machine reads."""
 
@@ -20,8 +19,12 @@ def check_launch(launch: Launch) -> None:
     """
     _refuse_unread(launch)
     if launch.name == "slurm":
-        if not _TIME.fullmatch(launch.time):
-            raise InputError(f"launch.time={launch.time} is not a time of SLURM; give minutes, HH:MM:SS or D-HH:MM:SS.")
+        limit = time_limit(launch.time)
+        if limit < launch.signal_seconds + 60:
+            raise InputError(
+                f"launch.time={launch.time} is {limit} s and a job stops launch.signal_seconds={launch.signal_seconds} before "
+                "its end, so it would get nowhere; give a longer time."
+            )
         if launch.signal_seconds < launch.grace_seconds:
             raise InputError(
                 f"launch.signal_seconds={launch.signal_seconds} before its limit a job has to save, for which "
@@ -34,8 +37,30 @@ def check_launch(launch: Launch) -> None:
                 raise InputError(f"launch.options holds {option}, which the script sets itself; give {OWN[name]}.")
     if launch.mounts and launch.container is None:
         raise InputError(f"launch.mounts=[{','.join(launch.mounts)}] belong to a container; give launch.container=IMAGE.")
+    if launch.container is None and launch.container_runtime != Launch.container_runtime:
+        raise InputError(
+            f"launch.container_runtime={launch.container_runtime} runs a container; give launch.container=IMAGE as well."
+        )
     if launch.name == "torchrun" and launch.container and launch.container_runtime == "pyxis":
         raise InputError("launch.container_runtime=pyxis is a plugin of SLURM; give launch.container_runtime=apptainer.")
+
+
+def time_limit(text: str) -> int:
+    """Seconds of a time of SLURM: minutes, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS.
+
+    Raises:
+        InputError: another form. MM:SS is SLURM's as well and is too easily taken for hours; 3600 minutes and more are what YAML
+            makes of hours that have no quotes.
+    """
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::([0-5]?\d))?(?::([0-5]?\d))?", text)
+    days, first, second, third = found.groups() if found else (None, None, None, None)
+    if first is None or (days is None and second is not None and third is None):
+        raise InputError(f"launch.time={text} is not minutes, HH:MM:SS, D-HH or D-HH:MM:SS; give one of these, as in 24:00:00.")
+    if days is None and second is None:
+        if int(first) >= 3600:
+            raise InputError(f"launch.time={text} is {int(first):,} minutes; give HH:MM:SS or D-HH, in YAML between quotes.")
+        return 60 * int(first)
+    return 86_400 * int(days or 0) + 3600 * int(first) + 60 * int(second or 0) + int(third or 0)
 
 
 OWN = {

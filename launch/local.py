@@ -79,6 +79,7 @@ def run_workers(
         log.parent.mkdir(parents=True, exist_ok=True)
         if not node.number:
             remove_result(result)
+        before = _stamp(result)  # what lies there is an earlier start's, which the head may remove a little later
     with tempfile.TemporaryDirectory(prefix="moexpand-") as logs, open(log, "a", encoding="utf-8") as text:
         begin = text.seek(0, os.SEEK_END)
         torchrun = subprocess.Popen(
@@ -92,7 +93,7 @@ def run_workers(
         )
         ending = _wait(torchrun, grace_seconds, timeout, echo_seconds)
         _append_outputs(Path(logs), text)
-    outcome = read_result(result)
+    outcome = read_result(result) if node is ALONE or _stamp(result) != before else None
     if outcome is None and ending.startswith("were stopped"):
         print(f"moexpand: The workers {ending} before they began; nothing is lost, start again to go on.", file=sys.stderr)
         return STOPPED
@@ -105,6 +106,15 @@ def run_workers(
         killed = _killed_rank(log, begin) if "closed its connection" in outcome.message else ""
         print(f"moexpand: {killed}{outcome.message}", file=sys.stderr, flush=True)
     return outcome.code
+
+
+def _stamp(result: Path) -> tuple[int, int] | None:
+    """What tells one result from the next."""
+    try:
+        found = (result / FILE_NAME).stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def _killed_rank(log: Path, begin: int) -> str:

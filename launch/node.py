@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
     check_reachable(endpoint, place)
     if not place.number:
         check_free(endpoint)
-    node = Node(place.number, place.count, endpoint, place.name, arguments.job)
+    node = Node(place.number, place.count, endpoint, place.name, arguments.job, arguments.patience)
     log = folder / ("launch.log" if not place.number else f"launch.node_{place.number:05}.log")
     try:
         return run_workers(

@@ -61,7 +61,6 @@ def sbatch_options(launch: Launch, run: Path) -> list[str]:
         f"--signal=B:USR1@{launch.signal_seconds}",
         "--requeue",
         "--open-mode=append",
-        "--dependency=singleton",
         _option("output", str(run / "slurm-%j.out")),
         *(_option(name, value) for name, value in chosen.items() if value),
         *launch.options,
@@ -73,17 +72,22 @@ def worker_command(launch: Launch, run: Path) -> list[str]:
     python = launch.python or ("python3" if launch.container else sys.executable)
     words = [python, "-m", "moexpand.launch.node", "--run", str(run)]
     words += ["--nodes", str(launch.nodes), "--processes", str(launch.processes)]
-    words += ["--grace", f"{launch.grace_seconds:g}", "--patience", f"{launch.patience_seconds:g}"]
+    words += ["--grace", f"{grace_seconds(launch):g}", "--patience", f"{launch.patience_seconds:g}"]
     if launch.container and launch.container_runtime == "apptainer":
         binds = [word for mount in _mounts(launch, run) for word in ("--bind", mount)]
         return ["apptainer", "exec", "--nv", *binds, launch.container, *words]
     return words
 
 
+def grace_seconds(launch: Launch) -> float:
+    """How long workers may save after a signal; under SLURM all of the time before its limit, less a little to end in."""
+    return max(launch.grace_seconds, launch.signal_seconds - 15.0) if launch.name == "slurm" else launch.grace_seconds
+
+
 def _step_options(launch: Launch, run: Path) -> list[str]:
     """Options of srun. `--wait` ends nodes that go on long after the first has ended."""
-    options = [f"--nodes={launch.nodes}", f"--ntasks={launch.nodes}", "--ntasks-per-node=1", "--cpu-bind=none"]
-    options.append(f"--wait={int(launch.grace_seconds) + 60}")
+    options = [f"--nodes={launch.nodes}", f"--ntasks={launch.nodes}", "--ntasks-per-node=1", "--cpu-bind=none", "--export=ALL"]
+    options.append(f"--wait={int(grace_seconds(launch)) + 60}")
     if launch.cpus_per_node:
         options.append(f"--cpus-per-task={launch.cpus_per_node}")
     if launch.container and launch.container_runtime == "pyxis":
@@ -94,13 +98,24 @@ def _step_options(launch: Launch, run: Path) -> list[str]:
 
 def _mounts(launch: Launch, run: Path) -> list[str]:
     """What a container sees: the folder of the submission, the run folder, and what the user names."""
-    named = [mount if ":" in mount else f"{mount}:{mount}" for mount in launch.mounts]
-    return [f"{Path.cwd()}:{Path.cwd()}", f"{run}:{run}", *named]
+    here = Path.cwd()
+    named = [mount.partition(":") for mount in launch.mounts]
+    outside = [here / place for place, _, _ in named]
+    pairs = [
+        (here, here),
+        (run, run),
+        *((place, Path(inside) if inside else place) for place, (_, _, inside) in zip(outside, named, strict=True)),
+    ]
+    return [f"{place}:{inside}" for place, inside in dict.fromkeys(pairs)]
 
 
 def _setup(launch: Launch) -> list[str]:
-    """From the folder of the submission, whose relative paths the configuration may hold, after the user's own lines."""
-    return [f"cd {shlex.quote(str(Path.cwd()))} || exit 3", *launch.setup]
+    """The user's own lines, in the folder of the submission, whose relative paths the configuration may hold."""
+    failed = "{ echo 'moexpand: a line of launch.setup failed, so nothing was started' >&2; exit 3; }"
+    lines = [f"cd {shlex.quote(str(Path.cwd()))} || exit 3"]
+    if launch.setup:  # other people's scripts read variables that are not set
+        lines += ["set +u", *(f"{line} || {failed}" for line in launch.setup), "set -u"]
+    return lines
 
 
 def _option(name: str, value: str) -> str:

@@ -1,7 +1,7 @@
 """Optuna's part of a sweep: it proposes points, hears what became of them, and remembers both in the sweep's folder."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from moexpand.conf.axes import Axis
 from moexpand.conf.launch_schema import Sweep
 
 JOURNAL = "optuna.journal"
+ABOUT, FAILED = "settings", "failed once"
+"""Attributes of a study."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,13 @@ class Search:
         settings: how many trials, and the seed.
         axes: the keys that are searched.
         whole: the keys among them that hold whole numbers.
+        about: what all points have in common; results under other settings are not comparable.
 
     Raises:
-        InputError: Optuna is not installed, or the study was begun over other axes.
+        InputError: Optuna is not installed, or the study was begun over other axes or with other settings.
     """
 
-    def __init__(self, folder: Path, settings: Sweep, axes: list[Axis], whole: set[str]) -> None:
+    def __init__(self, folder: Path, settings: Sweep, axes: list[Axis], whole: set[str], about: Sequence[str] = ()) -> None:
         try:
             import optuna
         except ImportError:
@@ -49,6 +52,14 @@ class Search:
         self._study = optuna.create_study(storage=storage, study_name="sweep", load_if_exists=True)
         # A sampler that was made anew would propose its first points again.
         self._study.sampler = optuna.samplers.TPESampler(seed=settings.seed + len(self._study.trials))
+        begun = self._study.user_attrs.get(ABOUT)
+        if begun is None:
+            self._study.set_user_attr(ABOUT, list(about))
+        elif begun != list(about):
+            changed = ", ".join(sorted(set(begun) ^ set(about)))
+            raise InputError(
+                f"The search in {folder} was begun with other settings ({changed}); give the same, or another run.dir."
+            )
         for trial in self._study.trials:
             if trial.distributions != self._space:
                 raise InputError(
@@ -70,6 +81,12 @@ class Search:
             self._study.tell(number, state=self._states.FAIL)
         else:
             self._study.tell(number, value)
+
+    def failed_before(self, number: int) -> bool:
+        """Note that a point's machine failed; whether it did so before."""
+        failed = self._study.user_attrs.get(FAILED, [])
+        self._study.set_user_attr(FAILED, [*failed, number])
+        return number in failed
 
     def ranking(self) -> list[tuple[int, float]]:
         """Numbers and values of the finished points, the best one first."""

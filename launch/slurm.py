@@ -2,12 +2,15 @@
 
 import json
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 from moexpand.base.errors import EnvironmentFailure, InputError
 from moexpand.base.files import write_atomic
 
 SCRIPT = "job.sbatch"
+UNKNOWN = "unknown, since squeue does not answer"
+
 JOB = "job.json"
 """In the run folder: the number of the job that was submitted last."""
 
@@ -25,11 +28,31 @@ def refuse_queued(run: Path) -> None:
 
 def queued(run: Path) -> tuple[str, str]:
     """The run's last job and its state, such as `running`; an empty state when SLURM no longer has it, or there was none."""
+    job = queued_job(run)
+    return job, states([job])[job] if job else ""
+
+
+def queued_job(run: Path) -> str:
+    """The number of the job that was submitted last; empty where there was none."""
     try:
-        job = str(json.loads((run / JOB).read_text(encoding="utf-8"))["job"])
+        return str(json.loads((run / JOB).read_text(encoding="utf-8"))["job"])
     except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return "", ""
-    return job, _said(["squeue", "--noheader", f"--jobs={job}", "--format=%T"], check=False).strip().lower()
+        return ""
+
+
+def states(jobs: Sequence[str]) -> dict[str, str]:
+    """The state of each job, such as `running`; empty for those that SLURM has no more, UNKNOWN where it does not answer."""
+    if not jobs:
+        return {}
+    words = ["squeue", "--noheader", f"--jobs={','.join(jobs)}", "--format=%A %T"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return dict.fromkeys(jobs, "")
+    if done.returncode and "Invalid job id" not in done.stderr:
+        return dict.fromkeys(jobs, UNKNOWN)
+    found = dict(line.split() for line in done.stdout.splitlines() if len(line.split()) == 2)
+    return {job: found.get(job, "").lower() for job in jobs}
 
 
 def submit(run: Path, script: str) -> str:
@@ -47,17 +70,15 @@ def submit(run: Path, script: str) -> str:
     return job
 
 
-def _said(words: list[str], check: bool = True) -> str:
+def _said(words: list[str]) -> str:
     try:
         done = subprocess.run(words, capture_output=True, text=True, check=False)
     except FileNotFoundError:
-        if not check:
-            return ""
         raise EnvironmentFailure(
             f"There is no {words[0]} on this machine; submit from a login node of the cluster, or look at the script with "
             "launch.dry_run=true."
         ) from None
-    if check and done.returncode:
+    if done.returncode:
         why = "; ".join(line.removeprefix("sbatch: error: ").rstrip(".") for line in done.stderr.strip().splitlines())
         raise EnvironmentFailure(f"{words[0]} refused the job: {why}.")
     return done.stdout

@@ -19,6 +19,7 @@ class Node:
         endpoint: HOST:PORT of the head, where the workers of several nodes meet.
         address: name under which the others reach this node.
         job: the same on all nodes and different in every start.
+        patience: longest wait for the other nodes, in seconds.
     """
 
     number: int = 0
@@ -26,6 +27,7 @@ class Node:
     endpoint: str = ""
     address: str = "127.0.0.1"
     job: str = ""
+    patience: float = 600.0
 
 
 ALONE = Node()
@@ -60,6 +62,7 @@ def _meeting(node: Node) -> list[str]:
     # The static one numbers ranks as the nodes are numbered; torchrun's c10d sorts them by address.
     return [
         *("--rdzv-backend=static", f"--rdzv-id={node.job}", f"--node-rank={node.number}"),
+        f"--rdzv-conf=timeout={int(node.patience)}",
         *(f"--master-addr={host}", f"--master-port={port}", f"--local-addr={node.address}"),
     ]
 

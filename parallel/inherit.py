@@ -36,7 +36,8 @@ def inherit(engine: Engine, folder: Path, maps: Map | None, scale: bool) -> list
     Args:
         engine: prepared for training, before its first step.
         folder: the checkpoint.
-        maps: by which the child was made; None where it has the parent's own experts.
+        maps: by which the child was made; None where it has the parent's own experts. A checkpoint with as many experts as
+            the child, and not as many as the parent, is of the child itself.
         scale: of an expert that was copied c times, the first moment is divided by c and the second by c squared: as if each
             copy saw a c-th of its parent's tokens. Otherwise they are copied.
 
@@ -68,8 +69,8 @@ def _fill(piece: ShardedTensor, stored: "_Stored", maps: Map | None, power: int)
     if table is None:
         return "the parent's checkpoint has none"
     due, found = tuple(piece.global_shape), tuple(table.size)
-    if any(each in piece.key for each in BY_EXPERT) and maps is not None:
-        if due[:1] + due[2:] != found[:1] + found[2:] or max(map(max, filter(None, maps)), default=0) >= found[1]:
+    if any(each in piece.key for each in BY_EXPERT) and maps is not None and found[1] == parents_of(maps):
+        if due[:1] + due[2:] != found[:1] + found[2:]:
             raise _other_model(piece.key, found, due)
         _fill_experts(piece, stored, maps, power)
         return ""
@@ -79,6 +80,11 @@ def _fill(piece: ShardedTensor, stored: "_Stored", maps: Map | None, power: int)
     if any(each in piece.key for each in BY_TOKEN) and due[1:] == found[1:]:
         return f"the parent has {found[0]:,} tokens and the child {due[0]:,}"
     raise _other_model(piece.key, found, due)
+
+
+def parents_of(maps: Map) -> int:
+    """How many experts the parent has: every one of them is copied."""
+    return max(map(max, filter(None, maps)), default=-1) + 1
 
 
 def _fill_experts(piece: ShardedTensor, stored: "_Stored", maps: Map, power: int) -> None:

@@ -65,7 +65,8 @@ def train(
         read = Batches(data, config, here.data_rank, here.data_size, progress.step)
         guard = Guard(config.guard, History(**progress.guard))
         saver = Saver(engine, run, config.save, to_yaml(config), progress.step, records)
-        saver.check_space()
+        if progress.step < steps:
+            saver.check_space()
 
         def interrupted() -> bool:
             watchdog.mark(f"evaluating step {progress.step}")

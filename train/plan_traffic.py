@@ -69,7 +69,7 @@ def traffic(work: Work, parallel: Parallel, world: int, gpus_per_node: int) -> l
         Traffic(
             "pipeline",
             sides * micro_batches * parallel.interleave * hidden // tensor,
-            link(2, world // pipeline),
+            link(pipeline, world // pipeline),
         ),
     ]
     return [each for each in found if each.nbytes]

@@ -131,8 +131,8 @@ def layouts(work: Work, cluster: Cluster, wanted: Parallel) -> Iterator[Parallel
         if tensor * context * pipeline > cluster.world or expert * pipeline > cluster.world:
             continue
         first, last = wanted.first_layers, wanted.last_layers
-        if not first and not last:
-            first, last = _ends(arch.num_hidden_layers, pipeline * wanted.interleave)
+        if not first and not last and wanted.interleave == 1:
+            first, last = _ends(arch.num_hidden_layers, pipeline)
         for dispatcher, recompute in product(dispatchers if expert > 1 else [wanted.dispatcher], recomputes):
             if dispatcher == "grouped_allgather" and arch.router_n_groups == 1 and wanted.dispatcher != dispatcher:
                 continue  # a model without groups has no choice here

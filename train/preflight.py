@@ -145,7 +145,8 @@ def _check_parent(config: TrainCommand, data: PackedData, world_size: int) -> No
 def _check_moments(config: TrainCommand) -> None:
     """Refuse a run to take moments from that has no checkpoint."""
     run = config.optim.moments_from
-    if run is not None and not any((Path(run) / CHECKPOINTS).glob("step_*")):
+    begun = any((Path(config.run.dir) / CHECKPOINTS).glob("step_*"))  # they are read at step 0 alone
+    if run is not None and not begun and not any((Path(run) / CHECKPOINTS).glob("step_*")):
         raise InputError(f"optim.moments_from={run} holds no checkpoint; give the run folder of the parent.")
 
 

@@ -48,5 +48,5 @@ def _held_out(evaluations: list[dict[str, Any]]) -> str:
         return ""
     first, last = evaluations[0], evaluations[-1]
     beside = f", the parent's {last['parent_loss']:.4f}" if last.get("parent_loss") is not None else ""
-    begun, ended = (f"{row['held_out_loss']:.4f} at step {row['step']}" for row in (first, last))
+    begun, ended = (f"{_loss([{'loss': row['held_out_loss']}])} at step {row['step']}" for row in (first, last))
     return f"; held out {begun}, {ended}{beside}"

@@ -24,9 +24,12 @@ for name in USR1 TERM INT; do
 done
 
 newest() { cat "$RUN/checkpoints/latest" 2>/dev/null || true; }
+result() { sed -n 's/.*"code": *\([0-9]*\).*/\1/p' "$RUN/exit.json" 2>/dev/null || true; }
 
+[ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] || rm -f "$RUN/.requeued"
 attempt=0
 failures=0
+code=75
 while [ -z "$received" ]; do
     attempt=$((attempt + 1))
     before=$(newest)
@@ -39,11 +42,12 @@ while [ -z "$received" ]; do
         kill -0 "$step" 2>/dev/null || break
     done
     step=""
-    case $code in
-        0) exit 0 ;;
-        1 | 2) # a check failed, or the input is wrong: starting again would change nothing
-            exit "$code" ;;
-    esac
+    if [ "$code" -eq 0 ]; then exit 0; fi
+    # Wrong input, or a check that failed: starting again would change nothing. srun, too, says 1 when it could not start.
+    if [ "$code" -eq 2 ] || { [ "$code" -eq 1 ] && [ "$(result)" = 1 ]; }; then
+        say "start $attempt ended with code $code, and so would the next; the job ends"
+        exit "$code"
+    fi
     if [ "$code" -eq 75 ] || [ -n "$received" ]; then break; fi
     [ "$(newest)" = "$before" ] || failures=0
     failures=$((failures + 1))
@@ -56,12 +60,32 @@ done
 
 # Asked to stop. A job that is being cancelled must not come back; one that SLURM interrupts (its time limit, a more important
 # job) is still called running.
-state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T 2>/dev/null) || state=""
-if [ "$received" != INT ] && [ "$state" = RUNNING ]; then
-    if scontrol requeue "$SLURM_JOB_ID"; then
-        say "saved; the job is back in the queue"
-        exit 75
-    fi
-    say "saved, but SLURM does not take the job back into the queue; submit it again to go on"
+saved="saved"
+[ "$code" -eq 75 ] || saved="not saved (code $code)"
+if [ "$received" = INT ]; then
+    say "$saved; the job ends"
+    exit 75
 fi
+state=""
+for _ in 1 2 3 4 5; do
+    state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T 2>/dev/null) && break
+    sleep 2
+done
+if [ "$state" != RUNNING ]; then
+    say "$saved; the job is ${state:-unknown to squeue} and does not go back to the queue by itself"
+    exit 75
+fi
+# Coming back again and again without a new checkpoint between is no progress.
+idle=0
+if [ -s "$RUN/.requeued" ] && [ "$(newest)" = "$(sed -n 2p "$RUN/.requeued")" ]; then idle=$(sed -n 1p "$RUN/.requeued"); fi
+if [ "$idle" -gt "$RESTARTS" ]; then
+    say "$saved; the job came back $idle times without a new checkpoint, so it ends; look at $RUN/launch.log"
+    exit 3
+fi
+printf '%s\n%s\n' "$((idle + 1))" "$(newest)" >"$RUN/.requeued"
+if scontrol requeue "$SLURM_JOB_ID"; then
+    say "$saved; the job is back in the queue"
+    exit 75
+fi
+say "$saved, but SLURM does not take the job back into the queue; submit it again to go on"
 exit 75

@@ -19,10 +19,11 @@ from moexpand.conf.keys import keys_of
 from moexpand.conf.train_schema import TrainCommand
 from moexpand.launch.scripts import LAUNCHED
 from moexpand.launch.search import Search, Trial
-from moexpand.launch.slurm import queued
+from moexpand.launch.slurm import queued, queued_job, states
 from moexpand.train.tables import EVALUATIONS, METRICS, read_rows
 
-POLL_SECONDS = 5.0
+POLL_SECONDS = 15.0
+NAME = "trial_{:04}"
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,9 @@ def multirun(overrides: list[str], config_dir: str | None, config_name: str | No
         return Point(name, compose("train", [*kept, *words, *tracked], config_dir, config_name))
 
     if base.sweep.sampler == "optuna":
-        return _search(base, axes, whole, make)
+        free = ("run.", "launch", "sweep.trials", "sweep.parallel", "track", "plain", "debug")
+        about = sorted(word for word in fixed if not word.lstrip("+").startswith(free))
+        return _search(base, axes, whole, about, make)
     return _all(base, [make(point_name(words), words) for words in combinations(axes)])
 
 
@@ -75,6 +78,10 @@ def _check_sweep(base: TrainCommand, axes: list[Axis]) -> None:
     for axis in axes:
         if axis.key.startswith(("run.", "launch", "sweep", "track")):
             raise InputError(f"{axis.key} must be the same at all points of a sweep; give one value.")
+    if base.track.name is not None:
+        raise InputError(
+            f"track.name={base.track.name} would be the name of every point, which have names of their own; leave it out."
+        )
     sweep = base.sweep
     if sweep.sampler == "optuna":
         if base.launch.name == "torchrun":
@@ -92,7 +99,7 @@ def _check_sweep(base: TrainCommand, axes: list[Axis]) -> None:
 def _all(base: TrainCommand, points: list[Point]) -> int:
     """Every combination, one after the other; all are checked before the first starts."""
     if len({point.name for point in points}) < len(points):
-        raise InputError("Two points of the sweep have the same values; leave one out.")
+        raise InputError("Two points of the sweep would have one folder, as their values are spelt alike; leave one out.")
     for point in points:
         check(point.config)
     if base.launch.dry_run:
@@ -102,75 +109,87 @@ def _all(base: TrainCommand, points: list[Point]) -> int:
     code = DONE
     for number, point in enumerate(points, 1):
         print(f"---- point {number} of {len(points)}: {point.folder}", flush=True)
-        if point.done:
+        job, state = queued(point.folder)
+        if state:
+            print(f"job {job} is {state}")
+        elif point.done:
             print("done before")
-            continue
-        if base.launch.name == "slurm" and (state := queued(point.folder))[1]:
-            print(f"job {state[0]} is {state[1]}")
-            continue
-        ended = start(point.config)
-        code = code or ended
-        if ended in (STOPPED, ENVIRONMENT):  # what stopped one would stop the others
-            return ended
+        else:
+            ended = start(point.config)
+            code = code or ended
+            if ended == STOPPED:
+                return ended
     if base.launch.name == "local":
-        _tell(points, base.sweep.metric)
+        _tell([point.folder for point in points], base.sweep.metric)
     return code
 
 
-def _search(base: TrainCommand, axes: list[Axis], whole: set[str], make: Make) -> int:
-    """Points that Optuna proposes, as many at a time as `sweep.parallel`."""
+def _search(base: TrainCommand, axes: list[Axis], whole: set[str], about: list[str], make: Make) -> int:
+    """Points that Optuna proposes, as many at a time as `sweep.parallel`.
+
+    A point that cannot work, or whose check failed, counts as failed. One that was stopped, or whose machine failed, stays open
+    and ends the search; the same command goes on with it. One whose machine fails a second time counts as failed, so that a point
+    that no machine can hold does not end every search.
+    """
     folder = Path(base.run.dir)
     if base.launch.dry_run:
         raise InputError("launch.dry_run=true has nothing to show of sweep=optuna, whose points depend on results; leave it out.")
     with disk_errors(f"preparing {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
-    search = Search(folder, base.sweep, axes, whole)
+    search = Search(folder, base.sweep, axes, whole, about)
     proposed: Iterator[Trial] = search.trials()
     running: dict[int, Point] = {}
     while True:
         while len(running) < base.sweep.parallel and (trial := next(proposed, None)) is not None:
-            point = make(f"trial_{trial.number:04}", trial.words)
             print(f"---- trial {trial.number + 1} of {base.sweep.trials}: {' '.join(trial.words)}", flush=True)
-            ended = _begin(point)
-            if ended in (STOPPED, ENVIRONMENT):
-                return ended
-            if ended is None:
+            point, ended = _begin(make, trial)
+            if ended is None and point is not None:
                 running[trial.number] = point
-            else:
-                _conclude(search, trial.number, point, ended, base.sweep.metric)
+            elif stop := _conclude(search, trial.number, point, ended, base.sweep.metric):
+                return stop
         if not running:
             break
         time.sleep(POLL_SECONDS)
-        for number, point in list(running.items()):
-            if not queued(point.folder)[1]:
-                result = read_result(point.folder)
-                _conclude(search, number, running.pop(number), ENVIRONMENT if result is None else result.code, base.sweep.metric)
+        jobs = {number: queued_job(point.folder) for number, point in running.items()}
+        found = states([job for job in jobs.values() if job])
+        for number in [number for number, job in jobs.items() if not found.get(job)]:
+            point = running.pop(number)
+            result = read_result(point.folder)
+            ended = ENVIRONMENT if result is None else result.code
+            if stop := _conclude(search, number, point, ended, base.sweep.metric):
+                return stop
     ranking = search.ranking()
-    _tell([make(f"trial_{number:04}", ()) for number, _ in ranking[:10]], base.sweep.metric)
+    _tell([folder / NAME.format(number) for number, _ in ranking[:10]], base.sweep.metric)
     if not ranking:
         raise CheckFailed(f"None of the {base.sweep.trials} trials came to its end; what was wrong stands above.")
     return DONE
 
 
-def _begin(point: Point) -> int | None:
-    """Start a proposed point; its code, or None while its job goes on. A point that cannot work is one that failed."""
-    if point.done:
-        return DONE
-    if queued(point.folder)[1]:
-        return None
+def _begin(make: Make, trial: Trial) -> tuple[Point | None, int | None]:
+    """Start a proposed point; the point, and its code, or None while its job goes on."""
     try:
+        point = make(NAME.format(trial.number), trial.words)
+        if queued(point.folder)[1]:
+            return point, None
+        if point.done:
+            return point, DONE
         check(point.config)
     except InputError as error:
         print(f"{error}", flush=True)
-        return error.exit_code
+        return None, error.exit_code
     code = start(point.config)
-    return None if point.config.launch.name == "slurm" else code
+    return point, None if point.config.launch.name == "slurm" else code
 
 
-def _conclude(search: Search, number: int, point: Point, code: int, metric: str) -> None:
-    value = value_of(point.folder, metric) if code == DONE else None
+def _conclude(search: Search, number: int, point: Point | None, code: int | None, metric: str) -> int:
+    """Tell the search what became of a point; returns the code with which the search is to end, 0 to go on."""
+    again = code == ENVIRONMENT and search.failed_before(number)
+    if code == STOPPED or (code == ENVIRONMENT and not again):
+        return code
+    value = value_of(point.folder, metric) if code == DONE and point is not None else None
     print(f"trial {number + 1}: " + (f"failed with code {code}" if value is None else f"{metric} {value:.4f}"), flush=True)
     search.tell(number, value)
+    return DONE
 
 
 def value_of(folder: Path, metric: str) -> float | None:
@@ -186,12 +205,12 @@ def value_of(folder: Path, metric: str) -> float | None:
         return None
 
 
-def _tell(points: list[Point], metric: str) -> None:
-    """The points in the order of what they came to."""
-    values = {point.name: (point.folder, value_of(point.folder, metric)) for point in points}
-    if metric == "held_out_loss" and all(value is None for _, value in values.values()):
-        metric, values = "loss", {point.name: (point.folder, value_of(point.folder, "loss")) for point in points}
-    ranked = sorted(values.values(), key=lambda pair: (pair[1] is None, pair[1] or 0.0))
+def _tell(folders: list[Path], metric: str) -> None:
+    """Runs in the order of what they came to."""
+    values = {folder: value_of(folder, metric) for folder in folders}
+    if metric == "held_out_loss" and all(value is None for value in values.values()):
+        metric, values = "loss", {folder: value_of(folder, "loss") for folder in folders}
+    ranked = sorted(values.items(), key=lambda pair: (pair[1] is None, pair[1] or 0.0))
     print(f"---- {metric}")
     for folder, value in ranked:
         print(f"{'-' if value is None else f'{value:.4f}'}  {folder}")

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from moexpand.base.errors import DIFFERENCE, DONE, InputError
 from moexpand.base.files import write_atomic
-from moexpand.conf.fields import changed
 from moexpand.conf.schema import PlanCommand
 from moexpand.conf.train_schema import Parallel
 from moexpand.console import Console
@@ -28,6 +27,8 @@ def run(config: PlanCommand) -> int:
     arch = model.architecture
     if len(arch.moe_layers) < arch.num_hidden_layers:
         raise InputError(f"{config.model} has layers without experts, which train does not compute yet.")
+    if config.out is not None and Path(config.out).suffix != ".yaml":
+        raise InputError(f"out={config.out} is for train's --config-name, which takes .yaml; give out=FOLDER/NAME.yaml.")
     counted = count(model)
     cluster = Cluster(config.nodes, config.gpus_per_node, gpu_of(config.gpu), config.network_gbit * 1e9 / 8)
     pictures = config.pictures if arch.vision is not None else 0.0
@@ -183,11 +184,6 @@ def _configuration(config: PlanCommand, first: Candidate) -> str:
         "train:",
         *(f"  {name}: {getattr(config, name)}" for name in ("global_batch", "micro_batch", "seq_length")),
         "parallel:",
-        *(
-            f"  {each.partition('=')[0].removeprefix('parallel.')}: {each.partition('=')[2]}"
-            for each in changed(first.parallel, "parallel")
-        ),
+        *(f"  {name}: {json.dumps(value)}" for name, value in asdict(first.parallel).items()),
     ]
-    if lines[-1] == "parallel:":
-        lines.pop()
     return "\n".join(lines) + "\n"

@@ -8,6 +8,7 @@ from types import FrameType
 
 from moexpand.base.errors import DONE, InputError, Stopped
 from moexpand.base.files import disk_errors, write_atomic
+from moexpand.base.result import remove_result
 from moexpand.base.run_lock import refuse_running
 from moexpand.conf.compose import to_yaml
 from moexpand.conf.fields import changed
@@ -47,6 +48,7 @@ def start(config: TrainCommand) -> int:
     refuse_running(folder)
     with disk_errors(f"preparing {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
+        remove_result(folder)  # an older end is not this one's
     write_atomic(folder / LAUNCHED, to_yaml(config))
     return {"local": _here, "slurm": _submit, "torchrun": _write}[config.launch.name](config, folder)
 
@@ -58,7 +60,7 @@ def _sound(config: TrainCommand) -> str:
         words = shlex.join(command_line(WORKER, _arguments(folder), launch.processes))
         return f"The configuration is sound; with it in {folder / LAUNCHED}, this would run:\n{words}"
     print(f"The configuration is sound; with it in {folder / LAUNCHED}, this script would start the run:", file=sys.stderr)
-    return (batch_script if launch.name == "slurm" else torchrun_script)(launch, folder.resolve())
+    return (batch_script if launch.name == "slurm" else torchrun_script)(launch, folder.absolute())
 
 
 def _here(config: TrainCommand, folder: Path) -> int:
@@ -75,15 +77,15 @@ def _here(config: TrainCommand, folder: Path) -> int:
 
 def _submit(config: TrainCommand, folder: Path) -> int:
     """Submit the run to SLURM, which starts it in its own time."""
-    job = submit(folder.resolve(), batch_script(config.launch, folder.resolve()))
+    job = submit(folder.absolute(), batch_script(config.launch, folder.absolute()))
     print(f"Submitted as job {job}; its output goes to {folder / f'slurm-{job}.out'}.")
-    print(f"scancel --signal=USR1 --batch {job} saves and puts it back into the queue, scancel {job} saves and ends it.")
+    print(f"scancel --batch --signal=USR1 {job} saves and puts it back into the queue, --full --signal=INT saves and ends it.")
     return DONE
 
 
 def _write(config: TrainCommand, folder: Path) -> int:
     """Write the script that is started on each node by hand."""
-    write_atomic(folder / BY_HAND, torchrun_script(config.launch, folder.resolve()))
+    write_atomic(folder / BY_HAND, torchrun_script(config.launch, folder.absolute()))
     print(f"Start this on each of {config.launch.nodes} nodes, with NODE from 0 and any free PORT of the node with NODE=0:")
     print(f"bash {folder / BY_HAND} NODE HEAD:PORT")
     return DONE

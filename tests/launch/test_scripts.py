@@ -1,5 +1,6 @@
 """The batch script and the one that is started by hand: what stands in them, and what they do with each end of the workers."""
 
+import json
 import os
 import shlex
 import signal
@@ -73,9 +74,16 @@ def requeued(fake: Path) -> list[str]:
 
 @pytest.mark.parametrize("code", [0, 1, 2])
 def test_an_end_that_starting_again_would_not_change_is_the_end_of_the_job(fake: Path, code: int) -> None:
+    (fake / "run" / "exit.json").write_text(json.dumps({"code": code, "message": "m", "attempt": "a"}))
     assert ended(begin(fake, [str(code), "0"]))[0] == code
     assert len(starts(fake)) == 1
     assert not requeued(fake)
+
+
+def test_1_that_the_workers_did_not_say_is_a_failure_like_any_other(fake: Path) -> None:
+    """srun, and a Python that cannot import, end with 1 as well."""
+    assert ended(begin(fake, ["1", "0"]))[0] == 0
+    assert len(starts(fake)) == 2
 
 
 def test_a_failure_starts_again_under_another_name(fake: Path) -> None:
@@ -119,6 +127,7 @@ def test_a_signal_reaches_the_step_and_the_job_comes_back_unless_it_is_cancelled
     assert code == 75
     assert requeued(fake) == (["41"] if back else [])
     assert f"received {number.name}" in err
+    assert "moexpand: saved" in err
     assert len(starts(fake)) == 1
 
 
@@ -132,8 +141,41 @@ def test_a_failure_after_a_signal_is_not_started_again(fake: Path) -> None:
     while not (fake / "waiting").exists():
         time.sleep(0.02)
     job.send_signal(signal.SIGUSR1)
-    assert ended(job)[0] == 75
+    code, err = ended(job)
+    assert code == 75
+    assert "not saved (code 3); the job is back in the queue" in err
     assert len(starts(fake)) == 1
+
+
+def test_coming_back_without_a_new_checkpoint_has_an_end(fake: Path) -> None:
+    launch, ends = Launch(name="slurm", restarts=1), []
+    for restart in range(4):
+        (fake / "starts").unlink(missing_ok=True)
+        ends.append(ended(begin(fake, ["75"], launch, SLURM_RESTART_COUNT=str(restart)))[0])
+    assert ends == [75, 75, 3, 3]
+    # A checkpoint between begins the count anew; so does another submission.
+    (fake / "starts").unlink()
+    assert ended(begin(fake, ["save 75"], launch, SLURM_RESTART_COUNT="4"))[0] == 75
+    (fake / "starts").unlink()
+    assert ended(begin(fake, ["75"], launch))[0] == 75
+
+
+def test_a_queue_that_does_not_answer_is_asked_again_and_told(fake: Path) -> None:
+    (fake / "squeue").write_text("#!/bin/bash\nexit 1\n")
+    (fake / "sleep").write_text("#!/bin/bash\n")
+    (fake / "sleep").chmod(0o755)
+    code, err = ended(begin(fake, ["75"]))
+    assert code == 75
+    assert not requeued(fake)
+    assert "saved; the job is unknown to squeue and does not go back to the queue by itself" in err
+
+
+def test_setup_lines_may_read_unset_variables_and_a_failing_one_starts_nothing(fake: Path) -> None:
+    fine = Launch(name="slurm", setup=['test -z "$NOT_SET_ANYWHERE"', "export GIVEN=1"])
+    assert ended(begin(fake, ["0"], fine))[0] == 0
+    code, err = ended(begin(fake, ["0"], Launch(name="slurm", setup=["false", "true"])))
+    assert code == 3
+    assert "a line of launch.setup failed" in err
 
 
 def test_a_queue_that_does_not_take_the_job_is_told(fake: Path) -> None:
@@ -174,7 +216,7 @@ def test_what_sbatch_is_told() -> None:
     told = options(batch_script(launch, Path("/runs/my run")))
     assert told == {
         "job-name": '"my run"', "nodes": "4", "ntasks-per-node": "1", "exclusive": "", "gpus-per-node": "8", "time": "1-12:00:00",
-        "signal": "B:USR1@300", "requeue": "", "open-mode": "append", "dependency": "singleton",
+        "signal": "B:USR1@300", "requeue": "", "open-mode": "append",
         "output": '"/runs/my run/slurm-%j.out"', "partition": "gpu", "account": "lab", "constraint": "h100",
     }  # fmt: skip
     part = options(batch_script(Launch(name="slurm", processes=2, gpus_per_node=0, cpus_per_node=16), Path("/runs/one")))
@@ -209,7 +251,7 @@ def test_bash_reads_every_script_and_odd_names_stay_whole(write: object, tmp_pat
     words = variable(text, "WORKERS")
     assert words[0] == "/opt/my python/bin/python"
     assert words[words.index("--run") + 1] == str(odd)
-    assert "\nmodule load cuda || true\n" in text
+    assert "\nmodule load cuda || true || {" in text
 
 
 def test_the_script_for_each_node_asks_for_its_place(tmp_path: Path) -> None:

@@ -59,6 +59,17 @@ def test_it_goes_on_with_what_was_begun_and_proposes_no_point_twice(tmp_path: Pa
     assert list(search(tmp_path, 6).trials()) == []
 
 
+def test_other_settings_are_refused_and_failures_are_remembered(tmp_path: Path) -> None:
+    settings = Sweep(sampler="optuna", trials=3)
+    study = Search(tmp_path, settings, AXES, {"n"}, ["train.steps=5"])
+    assert not study.failed_before(0)
+    again = Search(tmp_path, settings, AXES, {"n"}, ["train.steps=5"])
+    assert again.failed_before(0)
+    assert not again.failed_before(1)
+    with pytest.raises(InputError, match=r"other settings \(train\.steps=5, train\.steps=6\)"):
+        Search(tmp_path, settings, AXES, {"n"}, ["train.steps=6"])
+
+
 def test_other_axes_are_refused(tmp_path: Path) -> None:
     next(search(tmp_path, 6).trials())
     with pytest.raises(InputError, match="was begun over x"):

@@ -97,6 +97,17 @@ def test_a_run_of_the_same_model_takes_everything_over(trained: tuple[Path, Whol
             np.testing.assert_array_equal(found[state][name], value)
 
 
+def test_a_run_of_the_child_itself_is_no_parent(trained: tuple[Path, Whole], children: dict[str, Path], tmp_path: Path) -> None:
+    """Its experts stay where they are, although the child's map is known."""
+    child = children["halves_bits"]
+    maps = json.loads((child / "expansion.json").read_text())["slot_to_parent"]
+    due = whole_of(run_on_ranks(_train, 2, child, {"expert": 2}, tmp_path / "child"))
+    found = whole_of(run_on_ranks(_inherit, 1, child, {}, tmp_path / "child", maps, True, {}))
+    for state in STATES[1:]:
+        for name, value in due[state].items():
+            np.testing.assert_array_equal(found[state][name], value)
+
+
 def test_another_model_is_refused(trained: tuple[Path, Whole], deep_parent: Path) -> None:
     from moexpand.base.errors import InputError
     from moexpand.parallel.inherit import inherit

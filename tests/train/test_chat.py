@@ -83,6 +83,7 @@ def tuned(chats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "tuned"
 
 
+@pytest.mark.layouts
 def test_the_child_answers_with_thinking_and_without(tuned: Path, chats: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -41,6 +41,7 @@ def mixture(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.mark.layouts
 def test_a_mixture_trains_the_same_whether_it_is_read_ahead_or_not(mixture: Path, tmp_path: Path) -> None:
     runs = {}
     for workers in (0, 2):

@@ -25,6 +25,7 @@ def words(shards: Path, run: Path, exported: Path, plan: Path, **changes: object
     return settings(shards, run, **given)
 
 
+@pytest.mark.layouts
 def test_a_child_begins_with_its_parents_moments_once(
     shards: Path, straight: Path, exported: Path, plan: Path, tmp_path: Path
 ) -> None:

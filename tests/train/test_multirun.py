@@ -47,6 +47,7 @@ def test_a_point_that_cannot_work_stops_the_sweep_before_it_begins(shards: Path,
     assert not (tmp_path / "sweep").exists()
 
 
+@pytest.mark.layouts
 def test_optuna_proposes_and_a_failing_point_is_one_that_failed(shards: Path, tmp_path: Path) -> None:
     folder = tmp_path / "search"
     words = sweep(shards, folder, "sweep=optuna", "sweep.metric=loss", "sweep.trials=2", optim__lr="tag(log,interval(1e-5,1e-2))")
