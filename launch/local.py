@@ -38,6 +38,8 @@ POLL_SECONDS = 0.1
 _PR_SET_PDEATHSIG = 1
 """Of Linux's sys/prctl.h."""
 SCAN_SECONDS = 1.0
+RESULT_SECONDS = 10.0
+"""How long the result of several nodes may take to be seen on all of them."""
 
 
 def run_workers(
@@ -93,7 +95,7 @@ def run_workers(
         )
         ending = _wait(torchrun, grace_seconds, timeout, echo_seconds)
         _append_outputs(Path(logs), text)
-    outcome = read_result(result) if node is ALONE or _stamp(result) != before else None
+    outcome = read_result(result) if node is ALONE or _appears(result, before) else None
     if outcome is None and ending.startswith("were stopped"):
         print(f"moexpand: The workers {ending} before they began; nothing is lost, start again to go on.", file=sys.stderr)
         return STOPPED
@@ -106,6 +108,16 @@ def run_workers(
         killed = _killed_rank(log, begin) if "closed its connection" in outcome.message else ""
         print(f"moexpand: {killed}{outcome.message}", file=sys.stderr, flush=True)
     return outcome.code
+
+
+def _appears(result: Path, before: tuple[int, int] | None) -> bool:
+    """Whether a result of this start comes: written on another node, a network's file system may show it a little later."""
+    end = time.monotonic() + RESULT_SECONDS
+    while _stamp(result) in (None, before):
+        if time.monotonic() > end:
+            return False
+        time.sleep(POLL_SECONDS)
+    return True
 
 
 def _stamp(result: Path) -> tuple[int, int] | None:
