@@ -1,8 +1,8 @@
 """FP8 in blocks: numbers of e4m3 with one scale, a power of two, for each block of a matrix, as released checkpoints have them.
 
 Plain torch maths on any device, imported only where used. A number is stored as q with x ~ q * s: q in float8_e4m3fn, whose
-largest value is 448, and s the smallest power of two with max|x| / s <= 448 over the block (ue8m0: exponents -127 ... 127). Weights
-have blocks of 128 x 128, activations of 1 x 128. Blocks at the edges hold what there is.
+largest value is 448, and s the smallest power of two with max|x| / s <= 448 over the block (ue8m0: exponents -127 ... 127).
+Weights have blocks of 128 x 128, activations of 1 x 128. Blocks at the edges hold what there is.
 
 Transformer Engine rounds 448 / max|x| to fp32 before it takes the power of two; the scale is the same unless max|x| lies within
 one unit in the last place above 448 * 2^k, where it takes 2^k and the element saturates at 448.
@@ -52,8 +52,8 @@ def quantise(x: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, tor
         block: `WEIGHTS`, `ACTIVATIONS` or another P, Q.
 
     Returns:
-        float8_e4m3fn of the same shape, rounded to the nearest and to even, and the scales, see `block_scales`. NaN stays NaN, and
-        so becomes an infinity, which e4m3 does not have.
+        float8_e4m3fn of the same shape, rounded to the nearest and to even, and the scales, see `block_scales`. NaN stays NaN,
+        and so does an infinity become NaN, as e4m3 has none.
     """
     scales = block_scales(x, block)
     # Powers of two: the quotient is exact in float64, and e4m3's nearest is found from it in one rounding.
