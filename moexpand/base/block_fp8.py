@@ -28,7 +28,7 @@ def block_scales(x: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
     Numbers that are not finite do not count; a block without another number than 0 has the scale 1.
     """
     rows, columns = block
-    magnitudes = torch.where(x.isfinite(), x, 0).abs().to(torch.float64)
+    magnitudes = torch.where(x.isfinite(), x, 0).abs().to(torch.promote_types(x.dtype, torch.float32))
     padded = torch.nn.functional.pad(magnitudes, (0, -x.shape[-1] % columns, 0, -x.shape[-2] % rows))
     largest = padded.unflatten(-1, (-1, columns)).unflatten(-3, (-1, rows)).amax((-3, -1))
     # largest = m * 2^k with m in [0.5, 1), and 448 = 0.875 * 2^9.
@@ -56,9 +56,14 @@ def quantise(x: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, tor
         and so does an infinity become NaN, as e4m3 has none.
     """
     scales = block_scales(x, block)
-    # Powers of two: the quotient is exact in float64, and e4m3's nearest is found from it in one rounding.
-    scaled = x.to(torch.float64) / spread(scales, x.shape, block)
+    # Scales are powers of two: the quotient is exact where it is not far below e4m3's least number.
+    scaled = x.to(torch.promote_types(x.dtype, torch.float32)) / spread(scales, x.shape, block)
     return _to_e4m3(torch.where(x.isinf(), torch.nan, scaled)), scales
+
+
+def round_trip(x: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+    """What is left of a matrix in FP8, in its own dtype, which holds these numbers exactly (bf16 and wider)."""
+    return dequantise(*quantise(x, block), block, x.dtype)
 
 
 def dequantise(q: torch.Tensor, scales: torch.Tensor, block: tuple[int, int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -67,7 +72,9 @@ def dequantise(q: torch.Tensor, scales: torch.Tensor, block: tuple[int, int], dt
 
 
 def _to_e4m3(x: torch.Tensor) -> torch.Tensor:
-    """float64 of at most 448 to e4m3 in one rounding: torch's own way through fp32 could round twice."""
+    """Numbers of at most 448 to e4m3 in one rounding; for float64 torch's own way through fp32 could round twice."""
+    if x.dtype == torch.float32:
+        return x.to(torch.float8_e4m3fn)
     _, exponent = torch.frexp(x)
     # The unit in the last place: 2^-3 of the leading bit, and not below 2^-9, that of the denormals.
     unit = torch.ldexp(torch.ones_like(x), (exponent - 4).clamp(min=-9))
