@@ -100,6 +100,7 @@ def _write(config: TrainCommand, source: Source, folder: Path, command: ExportCo
 def describe(source: Source, dtype: str, format: str) -> Config:
     """config.json of the exported folder: the source's own where there is one, with the dtype that is written."""
     config: dict[str, Any] = architecture_config(source.architecture) if source.checkpoint is None else source.checkpoint.config
+    config = {key: value for key, value in config.items() if key != "quantization_config"}  # no weight is written in FP8
     arch = source.architecture
     if config["model_type"] != arch.model_type:  # the run has taken up a selection bias
         config = grouped_config(config, arch.num_experts, arch.router_n_groups)

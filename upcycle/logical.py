@@ -4,6 +4,7 @@ a checkpoint folder of any layout, or a parent and the plan of a child that has 
 """
 
 import re
+from collections.abc import Callable
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -13,12 +14,12 @@ import numpy as np
 from moexpand.upcycle.architecture import Architecture
 from moexpand.upcycle.checkpoint import CONFIG, Checkpoint, read_range
 from moexpand.upcycle.families import family_of
-from moexpand.upcycle.family import Config
+from moexpand.upcycle.family import SCALE, Config
 from moexpand.upcycle.matrices import read_matrix
 from moexpand.upcycle.recipe import Recipe
 from moexpand.upcycle.safetensors_file import Shape
 from moexpand.upcycle.series_encoder import PLACES
-from moexpand.upcycle.tensors import expected_tensors
+from moexpand.upcycle.tensors import BLOCK, expected_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 TOWER_ACTIVATION = "gelu_pytorch_tanh"
 
 EXPERT_NAME = re.compile(r"\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(.+)$")
+
+
+Reader = Callable[[str, slice | None], "torch.Tensor"]
+"""Reads a stored tensor by name, or a range of its rows."""
 
 
 class Weights(Protocol):
@@ -43,7 +48,10 @@ class Weights(Protocol):
         """All tensors, in the order of the model."""
 
     def read_torch(self, name: str, rows: slice | None = None) -> "torch.Tensor":
-        """A tensor, or a contiguous range of its rows, as a CPU tensor of its stored dtype; reads no other expert's bytes."""
+        """A tensor, or a contiguous range of its rows, on the CPU; reads no other expert's bytes.
+
+        In its stored dtype; block-FP8 weights times their scales, in fp32.
+        """
 
     def order(self, name: str) -> tuple[int, ...]:
         """Key to sort by, stably, when many tensors are to be read: those that come from the same bytes follow each other."""
@@ -62,6 +70,9 @@ class StoredWeights:
         return list(model_tensors(self.architecture, self.config))
 
     def read_torch(self, name: str, rows: slice | None = None) -> "torch.Tensor":
+        return _unscaled(self.checkpoint, self._read, name, rows)
+
+    def _read(self, name: str, rows: slice | None) -> "torch.Tensor":
         expert = expert_of(name)
         if expert is None:
             return self.checkpoint.read_torch(name, rows)
@@ -89,6 +100,9 @@ class ExpandedWeights:
         return list(model_tensors(self.architecture, self.config))
 
     def read_torch(self, name: str, rows: slice | None = None) -> "torch.Tensor":
+        return _unscaled(self.parent, self._read_one, name, rows)
+
+    def _read_one(self, name: str, rows: slice | None) -> "torch.Tensor":
         expert, family = expert_of(name), self.recipe.family
         if expert is not None:
             layer, slot, matrix = expert
@@ -103,6 +117,19 @@ class ExpandedWeights:
     def order(self, name: str) -> tuple[int, ...]:
         expert = expert_of(name)
         return (-1,) if expert is None else (expert[0], self.recipe.plan.slot_to_parent[expert[0]][expert[1]])
+
+
+def _unscaled(checkpoint: Checkpoint, read: Reader, name: str, rows: slice | None) -> "torch.Tensor":
+    """A tensor, or a range of its rows; block-FP8 weights times their scales, in fp32."""
+    expert = expert_of(name)
+    values = read(name, rows)
+    if not checkpoint.quantised(name if expert is None else expert[2]):
+        return values
+    from moexpand.base.block_fp8 import WEIGHTS, dequantise
+
+    start = 0 if rows is None else rows.start or 0
+    scales = read(name + SCALE, slice(start // BLOCK, -(-(start + len(values)) // BLOCK)))
+    return dequantise(values, scales, WEIGHTS, before=start % BLOCK)
 
 
 def read_unchangeable(file: Path, start: int, stop: int) -> memoryview:
@@ -143,8 +170,6 @@ def unsupported(checkpoint: Checkpoint) -> str:
         return f"sliding_window={arch.sliding_window}; the engine computes full attention alone"
     if len(arch.moe_layers) < arch.num_hidden_layers:
         return "layers without experts (mlp_only_layers, decoder_sparse_step); the engine computes layers with experts alone"
-    if checkpoint.config.get("quantization_config"):
-        return "FP8 weights; the engine reads bf16, fp16 and fp32 ones"
     if family.text and arch.vision is None:
         return f"model_type={arch.model_type}, whose vision tower the engine does not compute"
     if arch.vision is not None and arch.vision.hidden_act != TOWER_ACTIVATION:

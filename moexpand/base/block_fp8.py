@@ -66,9 +66,16 @@ def round_trip(x: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
     return dequantise(*quantise(x, block), block, x.dtype)
 
 
-def dequantise(q: torch.Tensor, scales: torch.Tensor, block: tuple[int, int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """q * s in another dtype; exact in fp32 unless the product is below its least normal number."""
-    return (q.to(torch.float32) * spread(scales.to(torch.float32), q.shape, block)).to(dtype)
+def dequantise(
+    q: torch.Tensor, scales: torch.Tensor, block: tuple[int, int], dtype: torch.dtype = torch.float32, before: int = 0
+) -> torch.Tensor:
+    """q * s in another dtype; with scales that are powers of two exact in fp32, unless below its least normal number.
+
+    Args:
+        before: rows of the first block that come before those of `q`.
+    """
+    shape = torch.Size((*q.shape[:-2], q.shape[-2] + before, q.shape[-1]))
+    return (q.to(torch.float32) * spread(scales.to(torch.float32), shape, block)[..., before:, :]).to(dtype)
 
 
 def _to_e4m3(x: torch.Tensor) -> torch.Tensor:

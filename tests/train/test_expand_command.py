@@ -23,7 +23,7 @@ from tests.parents import TINY, make_child, make_parent
 from tests.processes import run_on_ranks
 from tests.train.conftest import from_checkpoint, settings
 from tests.train.workers import train_here, train_on_ranks
-from tests.upcycle import families, stacks
+from tests.upcycle import families
 
 
 def _trajectory(run: Path) -> list[tuple[Any, ...]]:
@@ -219,23 +219,13 @@ def test_a_map_that_its_placement_does_not_give_is_refused_as_upcycle_does(
     assert list(found.slot_to_parent[1]) == row
 
 
-def _fp8(tensors: stacks.Tensors) -> stacks.Tensors:
-    """Matrices in E4M3 with scales of 1, one for each is enough below 128 rows and columns."""
-    found = dict(tensors)
-    for name in tensors:
-        if name.endswith("_proj.weight"):
-            found |= {name: tensors[name].to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.ones(1, 1)}
-    return found
-
-
 @pytest.mark.parametrize(
     ("family", "settings", "says"),
     [
         ("interns1", {"dense": ()}, "model_type=interns1, whose vision tower the engine does not compute"),
-        ("qwen3_moe", {"change": _fp8, "dense": ()}, "FP8 weights; the engine reads bf16, fp16 and fp32"),
         ("qwen3_moe", {"dense": (1,)}, "layers without experts (mlp_only_layers, decoder_sparse_step)"),
     ],
-    ids=["InternViT", "FP8", "dense layers"],
+    ids=["InternViT", "dense layers"],
 )
 def test_parents_that_the_engine_cannot_run_are_refused(
     refused: Any, tmp_path: Path, family: str, settings: dict[str, Any], says: str
