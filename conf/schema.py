@@ -179,6 +179,7 @@ class ExportCommand:
         "native (with group-aware model code), lmdeploy (qwen3_moe with router_n_groups alone), or the kind that the run must be",
         ("native", "lmdeploy", "qwen3_moe", "qwen3_vl_moe", "interns1_pro"),
     )
+    quantization: str = key("none", "none, or fp8: all linears of the decoder in blocks of 128 x 128", ("none", "fp8"))
     max_shard_size: str = key("5GB", "largest output file")
     debug: bool = key(False, "print tracebacks")
 

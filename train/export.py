@@ -92,7 +92,8 @@ def _write(config: TrainCommand, source: Source, folder: Path, command: ExportCo
         engine = Engine(shape_of(source.architecture), Layout(), RouterRules(), config.precision.name, here)
         checkpoint.load(engine, folder)
         described = describe(source, str(dtype).removeprefix("torch."), command.format)
-        weights.write(engine, source.architecture, described, target, side_files, command.max_shard_size, dtype)
+        fp8 = command.quantization == "fp8"
+        weights.write(engine, source.architecture, described, target, side_files, command.max_shard_size, dtype, fp8)
     finally:
         ranks.stop()
 

@@ -5,13 +5,15 @@ from typing import Any
 
 import torch
 
+from moexpand.base.block_fp8 import WEIGHTS, quantise
 from moexpand.base.errors import InputError
 from moexpand.parallel import ranks
 from moexpand.parallel.engine import Engine
 from moexpand.parallel.weights import Reader
+from moexpand.upcycle import fp8_rules
 from moexpand.upcycle.architecture import Architecture
 from moexpand.upcycle.families import family_of
-from moexpand.upcycle.family import STACKS, Family
+from moexpand.upcycle.family import SCALE, SPLIT, STACKS, Family
 from moexpand.upcycle.folder import write_checkpoint
 from moexpand.upcycle.fresh_config import architecture_config
 from moexpand.upcycle.fresh_weights import SELECTION_BIAS, fresh_tensor
@@ -57,19 +59,21 @@ def write(
     side_files: Path | None,
     max_shard_size: str,
     dtype: torch.dtype,
+    fp8: bool = False,
 ) -> None:
     """Write the engine's weights as a Hugging Face folder; the engine must hold the whole model (a world of one rank).
 
     Args:
-        config: config.json to write.
+        config: config.json to write; with `fp8` it is told of that.
         side_files: folder whose tokenizer and other side files are copied.
         dtype: of the written tensors; selection biases are fp32.
+        fp8: the decoder's linears are written in block-FP8 with their scales, experts one by one (fp8_rules.py).
     """
     tensors = dict(engine.tensors())
     family = family_of(architecture.model_type)
     expected = model_tensors(architecture, config)
     assert tensors.keys() == expected.keys(), "the engine and the checkpoint family disagree about the model's tensors"
-    stored = stored_tensors(architecture, family.experts_layout)
+    stored = stored_tensors(architecture, SPLIT if fp8 else family.experts_layout)
     stored |= {name: shape for name, shape in expected.items() if name not in stored and expert_of(name) is None}
 
     def dtype_of(name: str) -> torch.dtype:
@@ -80,7 +84,25 @@ def write(
         return whole.to(dtype_of(name))
 
     announced = {name: (str(dtype_of(name)), shape) for name, shape in stored.items()}
-    write_checkpoint(target, config, announced, produce, side_files, max_shard_size)
+    if not fp8:
+        write_checkpoint(target, config, announced, produce, side_files, max_shard_size)
+        return
+    scales: dict[str, torch.Tensor] = {}
+
+    def rounded(name: str) -> torch.Tensor:
+        if name in scales:  # right after its weight
+            return scales.pop(name)
+        whole = produce(name)
+        if not fp8_rules.quantised(name):
+            return whole
+        weight, scales[name + SCALE] = quantise(whole, WEIGHTS)
+        return weight
+
+    told = {name: announced[name][0] if name in announced else fp8_rules.SCALES for name in fp8_rules.with_scales(stored)}
+    told |= {name: fp8_rules.WEIGHT for name in stored if fp8_rules.quantised(name)}
+    shapes = fp8_rules.with_scales(stored)
+    config = config | {"quantization_config": fp8_rules.quantization_config(stored)}
+    write_checkpoint(target, config, {name: (told[name], shapes[name]) for name in shapes}, rounded, side_files, max_shard_size)
 
 
 def _stacked(tensors: dict[str, torch.Tensor], name: str, architecture: Architecture, family: Family) -> torch.Tensor:
