@@ -142,6 +142,7 @@ def test_where_logits_cannot_be_written_the_environment_is_at_fault(exported: Pa
     )
 
 
+@pytest.mark.layouts
 def test_a_damaged_sample_is_named_once_and_stops_the_run_unless_allowed(shards: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "shards"
     shutil.copytree(shards, damaged)

@@ -30,6 +30,7 @@ def told(source: Path, target: Path, *words: str) -> Any:
     return done.stdout
 
 
+@pytest.mark.layouts
 def test_the_damage_is_measured_and_compensation_is_most_of_it(text: Path, shards: Path, tmp_path: Path) -> None:
     """max_position_embeddings=512 of the parent leaves out pairs that turn little; left uncompensated they count twice."""
     fope = ["family=interns1_pro", "positions=fope", *TOWER, f"measure.shards={shards}", "measure.tokens=1000"]
@@ -52,6 +53,7 @@ def test_the_damage_is_measured_and_compensation_is_most_of_it(text: Path, shard
     assert sorted(path.name for path in tmp_path.iterdir()) == ["compensated", "plain", "two-ranks"], "nothing else is left"
 
 
+@pytest.mark.layouts
 def test_a_converted_model_is_expanded_and_trained(text: Path, shards: Path, tmp_path: Path) -> None:
     told(text, tmp_path / "pro", "family=interns1_pro", "positions=fope", *TOWER)
     done = moexpand(

@@ -70,6 +70,7 @@ def test_logits_are_those_of_transformers_on_what_the_folder_stands_for(folders:
     assert np.abs(np.load(tmp_path / "out.npy") - due.numpy()).max() < 1e-4
 
 
+@pytest.mark.layouts
 def test_a_child_is_expanded_while_it_is_loaded_trained_and_exported_without_fp8(
     folders: tuple[Path, Path], shards: Path, tmp_path: Path
 ) -> None:

@@ -19,6 +19,7 @@ def _words(shards: Path, run: Path, checkpoint: Path, **changes: object) -> list
     return settings(shards, run, **{**from_checkpoint(checkpoint), **one, **changes})
 
 
+@pytest.mark.layouts
 def test_the_parents_loss_is_that_of_its_own_evaluation(
     shards: Path, exported: Path, child: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
