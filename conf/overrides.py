@@ -60,7 +60,7 @@ def _value(key: Key, value: str, text: str) -> str:
     elif key.type is list and literal and not value.startswith("["):
         value = f"[{quoted(value)}]"
     try:
-        override = OverridesParser.create().parse_override(f"{key.name}={value}")
+        override = OverridesParser.create().parse_override(f"{key.name}={_plain_list(key, value)}")
     except HydraException:
         raise InputError(
             f"{text} cannot be read: {key.name} takes {TAKES[key.type]}; put quotes round unusual characters."
@@ -68,6 +68,17 @@ def _value(key: Key, value: str, text: str) -> str:
     if override.is_sweep_override():
         raise InputError(f"{text} gives several values to {key.name}; give one.")
     check_value(key, override.value(), "")
+    return _plain_list(key, value)
+
+
+def _plain_list(key: Key, value: str) -> str:
+    """A list of words that Hydra cannot read, such as `[--mem=0,export A=b]`, with its words quoted; others as they are."""
+    if key.type is not list or not (value.startswith("[") and value.endswith("]")) or re.search(r"[\[\]'\"{}()\\]", value[1:-1]):
+        return value
+    try:
+        OverridesParser.create().parse_override(f"{key.name}={value}")
+    except HydraException:
+        return f"[{','.join(quoted(word.strip()) for word in value[1:-1].split(','))}]"
     return value
 
 

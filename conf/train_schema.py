@@ -18,7 +18,9 @@ DISPATCHERS = ("alltoall", "allgather", "grouped_allgather")
 class Run:
     dir: str = key(MISSING, "folder of the run; a folder that holds a checkpoint is gone on from")
     resume: str = key(
-        "auto", "auto: from the newest valid checkpoint; exact: the newest or nothing; never: anew", ("auto", "exact", "never")
+        "auto",
+        "auto: from the newest valid checkpoint; exact: the newest or nothing; never: refuse a folder with checkpoints",
+        ("auto", "exact", "never"),
     )
 
 

@@ -1,1 +1,1 @@
-"""Starts workers: torchrun on this machine, and the quickstart that runs every stage."""
+"""Starts workers: torchrun on this machine, SLURM, scripts for several nodes, the quickstart that runs every stage."""

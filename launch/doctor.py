@@ -133,7 +133,7 @@ def _transformer_engine() -> Finding:
         "Transformer Engine",
         "not installed",
         MISSING,
-        "no FP8; torch's own kernels are used",
+        "nothing: no code of this version uses it yet",
         "pip install 'moexpand[te]' (needs nvcc)",
     )
 
@@ -247,7 +247,7 @@ def _slurm() -> Finding:
     said = _said("sinfo", "--version")
     if said:
         return Finding("SLURM", said.strip())
-    return Finding("SLURM", "not found", NOTE, "jobs start on this machine alone")
+    return Finding("SLURM", "not found", NOTE, "no launch=slurm; several nodes start by launch=torchrun")
 
 
 def _container() -> Finding:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from moexpand.base.errors import DIFFERENCE, DONE, InputError
-from moexpand.base.files import write_atomic
+from moexpand.base.files import disk_errors, write_atomic
 from moexpand.conf.schema import PlanCommand
 from moexpand.conf.train_schema import Parallel
 from moexpand.console import Console
@@ -46,6 +46,8 @@ def run(config: PlanCommand) -> int:
     limit = cluster.gpu.nbytes - int(config.reserve_gib * GIB)
     fitting = [each for each in found if each.memory.total <= limit]
     if config.out is not None and fitting:
+        with disk_errors(f"writing {config.out}"):
+            Path(config.out).parent.mkdir(parents=True, exist_ok=True)
         write_atomic(Path(config.out), _configuration(config, fitting[0]))
     if config.format == "json":
         print(json.dumps(_json(config, fitting, found, refused, limit), indent=1))

@@ -247,3 +247,16 @@ def test_every_command_has_a_key_of_help_for_each_field() -> None:
         for key in keys_of(schema).values():
             assert key.help, f"{command}: {key.name}"
             assert not key.choices or key.default in key.choices
+
+
+def test_lists_of_words_need_no_quotes_of_their_own() -> None:
+    given = [
+        "launch=slurm",
+        "launch.options=[--constraint=h100,--mem=0]",
+        "launch.setup=[module load cuda/13,export NCCL_SOCKET_IFNAME=ib0]",
+    ]
+    config = train(*given)
+    assert config.launch.options == ["--constraint=h100", "--mem=0"]
+    assert config.launch.setup == ["module load cuda/13", "export NCCL_SOCKET_IFNAME=ib0"]
+    assert train("vision.freeze=[tower,projector]").vision.freeze == ["tower", "projector"]
+    assert train("launch.options=['--a=b, c']").launch.options == ["--a=b, c"]

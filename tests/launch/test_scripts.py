@@ -53,7 +53,15 @@ def begin(fake: Path, codes: list[str], launch: Launch | None = None, **environm
     script = fake / "job.sbatch"
     script.write_text(batch_script(launch or Launch(name="slurm"), fake / "run"))
     given = {"PATH": f"{fake}:{os.environ['PATH']}", "FAKE": str(fake), "SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "n1"}
-    return subprocess.Popen(["bash", script], env=given | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        ["bash", script],
+        env=given | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Tests that run in the background inherit that SIGINT is ignored, which a shell cannot trap.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def ended(job: subprocess.Popen[str]) -> tuple[int, str]:
