@@ -21,7 +21,7 @@ from typing import TextIO
 
 import psutil
 
-from moexpand.base.errors import STOPPED, EnvironmentFailure
+from moexpand.base.errors import STOPPED, EnvironmentFailure, Stopped
 from moexpand.base.files import disk_errors
 from moexpand.base.result import FILE_NAME, read_result, remove_result
 from moexpand.launch.agent import ENDS
@@ -108,6 +108,16 @@ def run_workers(
         killed = _killed_rank(log, begin) if "closed its connection" in outcome.message else ""
         print(f"moexpand: {killed}{outcome.message}", file=sys.stderr, flush=True)
     return outcome.code
+
+
+def stop_before_workers() -> None:
+    """From now on a signal is a stop with code 75, until `run_workers` has handlers of its own."""
+
+    def stopped(number: int, frame: FrameType | None) -> None:
+        raise Stopped(f"Stopped by {signal.Signals(number).name} before training began; nothing is lost, start again to go on.")
+
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, stopped)
 
 
 def _appears(result: Path, before: tuple[int, int] | None) -> bool:

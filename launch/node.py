@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import shutil
-import signal
 import socket
 import sys
 import time
@@ -20,17 +19,14 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 import moexpand
-from moexpand.base.errors import ENVIRONMENT, EnvironmentFailure, InputError, MoexpandError, Stopped
+from moexpand.base.errors import ENVIRONMENT, EnvironmentFailure, InputError, MoexpandError
 from moexpand.base.files import disk_errors, write_atomic
 from moexpand.base.result import remove_result
-from moexpand.launch.local import run_workers
-from moexpand.launch.scripts import LAUNCHED
-from moexpand.launch.torchrun import Node
+from moexpand.launch.local import run_workers, stop_before_workers
+from moexpand.launch.torchrun import LAUNCHED, WORKER, Node, worker_arguments
 
-WORKER = "moexpand.train"
 MEETINGS = ".nodes"
 POLL_SECONDS = 0.2
 ECHO_SECONDS = 10.0
@@ -49,8 +45,7 @@ class Place:
 def main(words: list[str]) -> int:
     """Run this node's workers; returns the code of the run."""
     arguments = _parser().parse_args(words)
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, _stopped)
+    stop_before_workers()
     try:
         return run(arguments, os.environ)
     except MoexpandError as error:
@@ -79,7 +74,7 @@ def run(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
     try:
         return run_workers(
             WORKER,
-            ["--config-dir", str(folder), "--config-name", LAUNCHED],
+            worker_arguments(folder),
             arguments.processes,
             log=log,
             result=folder,
@@ -214,10 +209,6 @@ def _free_port() -> int:
 def _nodes(numbers: list[int]) -> str:
     named = ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
     return f"Node {named}" if len(numbers) == 1 else f"Nodes {named}"
-
-
-def _stopped(number: int, frame: FrameType | None) -> None:
-    raise Stopped(f"Stopped by {signal.Signals(number).name} before training began; nothing is lost, start again to go on.")
 
 
 def _parser() -> argparse.ArgumentParser:

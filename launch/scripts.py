@@ -7,8 +7,6 @@ from pathlib import Path
 from moexpand.conf.launch_schema import Launch
 
 TEXTS = Path(__file__).resolve().parent / "shell"
-LAUNCHED = "launch.yaml"
-"""In the run folder: the configuration of the workers."""
 
 
 def batch_script(launch: Launch, run: Path) -> str:

@@ -32,6 +32,15 @@ class Node:
 
 ALONE = Node()
 
+WORKER = "moexpand.train"
+LAUNCHED = "launch.yaml"
+"""In the run folder: the configuration of the workers."""
+
+
+def worker_arguments(run: Path) -> list[str]:
+    """Arguments of the training workers of a run."""
+    return ["--config-dir", str(run), "--config-name", LAUNCHED]
+
 
 def command_line(module: str, arguments: list[str], processes: int, logs: str = "", node: Node = ALONE) -> list[str]:
     """The torchrun command for the workers of one node.

@@ -53,7 +53,7 @@ class Writer:
         self._files.buffer = self._buffer if background else None
         engine = self._engine
         with weights_settled(engine.wrapped):
-            model_state = _model_state(engine)
+            model_state = state_of_model(engine)
             optimizer_state.initialise(engine.optimizer)
             state = {
                 "model": model_state,
@@ -137,7 +137,7 @@ def load(engine: Engine, folder: Path) -> dict[str, Any]:
         `extra` as it was given to the writer.
     """
     cpu.enable()
-    model_state = _model_state(engine)
+    model_state = state_of_model(engine)
     stored = dist_checkpointing.load_tensors_metadata(str(folder))
     for part in model_state.values():
         # A run may take up the gradient `default_vector` on its way; its averages then begin empty.
@@ -166,6 +166,6 @@ def _same(one: Any, other: Any) -> bool:
     return tensors and one.data_ptr() == other.data_ptr() and one.nbytes == other.nbytes
 
 
-def _model_state(engine: Engine) -> dict[str, Any]:
+def state_of_model(engine: Engine) -> dict[str, Any]:
     """The stages' tensors, each stored under its place in the whole model."""
     return {f"part{number}": stage.sharded_state_dict(metadata={}) for number, stage in enumerate(engine.stages)}

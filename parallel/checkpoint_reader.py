@@ -43,7 +43,7 @@ class Reader(CachedMetadataFileSystemReader):
                 continue
             place = (stored.relative_path, stored.offset)
             if place not in records:
-                records[place] = self._data_of(stored)
+                records[place] = self.data_of(stored)
             beginning, size = records[place]
             target = planner.resolve_tensor(item).detach()
             if size != self._chunk(item).sizes.numel() * target.itemsize or target.dtype != self._stored_as(item):
@@ -53,7 +53,7 @@ class Reader(CachedMetadataFileSystemReader):
             planner.commit_tensor(item, target)
         return super().read_data(LoadPlan(others, plan.storage_data, plan.planner_data), planner)
 
-    def _data_of(self, stored: Any) -> tuple[int, int]:
+    def data_of(self, stored: Any) -> tuple[int, int]:
         """Where the numbers of a tensor lie that torch.save wrote into a file, and their bytes."""
         with open(Path(self.path) / stored.relative_path, "rb") as file:
             archive: Any = torch._C.PyTorchFileReader(self._slice_file(file, stored))

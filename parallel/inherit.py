@@ -50,7 +50,7 @@ def inherit(engine: Engine, folder: Path, maps: Map | None, scale: bool) -> list
     cpu.enable()
     stored = _Stored(folder)
     optimizer_state.initialise(engine.optimizer)
-    pieces = optimizer_state.sharded(engine.optimizer, checkpoint._model_state(engine))
+    pieces = optimizer_state.sharded(engine.optimizer, checkpoint.state_of_model(engine))
     left: dict[str, str] = {}
     for piece in pieces.values():
         name = next((each for each in optimizer_state.MOMENTS if piece.key.startswith(f"{optimizer_state.PREFIX}.{each}.")), None)
@@ -147,6 +147,6 @@ class _Stored:
 
     def _mapped(self, key: str, chunk: Any) -> np.ndarray:
         place = self._places[key, tuple(chunk.offsets)]
-        beginning, _ = self._reader._data_of(place)
+        beginning, _ = self._reader.data_of(place)
         # Copy-on-write, since torch wants arrays that could be written.
         return np.memmap(self._folder / place.relative_path, np.float32, "c", beginning, tuple(chunk.sizes))

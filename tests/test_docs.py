@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from moexpand.base.errors import InputError
+from moexpand.conf.check import check_batch
+from moexpand.conf.check_launch import check_launch
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
@@ -62,7 +64,11 @@ def test_every_command_line_composes(page: Path, tmp_path: Path, monkeypatch: py
             (tmp_path / name[1]).write_text(block)
     monkeypatch.chdir(tmp_path)
     for line in command_lines(page):
-        assert dataclasses.is_dataclass(compose_line(words_of(line))), line
+        config = compose_line(words_of(line))
+        assert dataclasses.is_dataclass(config), line
+        if words_of(line)[0] == "train":
+            check_launch(config.launch)
+            check_batch(config.train, config.parallel, config.launch.nodes * config.launch.processes)
 
 
 def test_command_lines_are_found_and_a_wrong_one_would_fail() -> None:

@@ -116,12 +116,9 @@ class Memory:
 
 def memory(work: Work, parallel: Parallel, world: int) -> Memory:
     """The memory of the fullest GPU at the fullest moment of a step."""
-    found = [_memory(work, parallel, world, stage, number) for number, stage in enumerate(_stages(work, parallel))]
+    own = stages(work.architecture.num_hidden_layers, parallel)
+    found = [_memory(work, parallel, world, stage, number) for number, stage in enumerate(own)]
     return max(found, key=lambda each: each.total)
-
-
-def _stages(work: Work, parallel: Parallel) -> list[Stage]:
-    return stages(work.architecture.num_hidden_layers, parallel)
 
 
 def _memory(work: Work, parallel: Parallel, world: int, stage: Stage, number: int) -> Memory:
@@ -144,13 +141,18 @@ def _memory(work: Work, parallel: Parallel, world: int, stage: Stage, number: in
     )
 
 
+def replicas_of(work: Work, parallel: Parallel, world: int) -> tuple[int, int]:
+    """Data-parallel ranks, and micro-batches of each in a step."""
+    replicas = world // (parallel.tensor * parallel.context * parallel.pipeline)
+    return replicas, max(1, work.global_batch // (work.micro_batch * replicas))
+
+
 def micro_batches_in_flight(work: Work, parallel: Parallel, world: int, number: int) -> int:
     """Micro-batches whose activations a pipeline rank holds at once under the schedule one-forward-one-backward.
 
     With a rank's stage in parts (interleaved) it holds up to a stage's worth more for the warm-up of the further parts.
     """
-    replicas = world // (parallel.tensor * parallel.context * parallel.pipeline)
-    count = max(1, work.global_batch // (work.micro_batch * replicas))
+    _, count = replicas_of(work, parallel, world)
     ahead = parallel.pipeline - number
     if parallel.interleave > 1:
         warm_up = (parallel.pipeline - number - 1) * 2 + (parallel.interleave - 1) * parallel.pipeline + 1

@@ -7,7 +7,7 @@ and pipeline stages lie furthest apart; for the experts, expert-tensor ranks, th
 from dataclasses import dataclass
 
 from moexpand.conf.train_schema import Parallel
-from moexpand.train.plan_memory import GRADIENT, Work, parameters, rows_of_rank, stages, tokens_of_rank
+from moexpand.train.plan_memory import GRADIENT, Work, parameters, replicas_of, rows_of_rank, stages, tokens_of_rank
 
 NODE, NETWORK = "node", "network"
 
@@ -73,12 +73,6 @@ def traffic(work: Work, parallel: Parallel, world: int, gpus_per_node: int) -> l
         ),
     ]
     return [each for each in found if each.nbytes]
-
-
-def replicas_of(work: Work, parallel: Parallel, world: int) -> tuple[int, int]:
-    """Data-parallel ranks, and micro-batches of each in a step."""
-    replicas = world // (parallel.tensor * parallel.context * parallel.pipeline)
-    return replicas, max(1, work.global_batch // (work.micro_batch * replicas))
 
 
 def _keys_and_values(work: Work, parallel: Parallel) -> int:

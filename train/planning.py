@@ -11,8 +11,8 @@ from itertools import product
 from moexpand.base.errors import InputError
 from moexpand.conf.check import check_batch, check_layout
 from moexpand.conf.train_schema import Parallel, Train
-from moexpand.train.plan_memory import Memory, Work, memory
-from moexpand.train.plan_traffic import NODE, Traffic, replicas_of, traffic
+from moexpand.train.plan_memory import Memory, Work, memory, replicas_of
+from moexpand.train.plan_traffic import NODE, Traffic, traffic
 
 GIB = 2**30
 EFFICIENCY = 0.4

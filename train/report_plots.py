@@ -186,6 +186,23 @@ def plain(axes: "Axes", steps: np.ndarray, values: np.ndarray, exact: bool = Fal
     axes.plot([np.median(steps[each]) for each in stretches], [np.median(values[each]) for each in stretches], **look)
 
 
+def mark(axes: "Axes", steps_of: Sequence[Sequence[int]], label: str, marker: str, alone: str) -> Entries:
+    """Marks of each run's steps at the foot of a picture, and their entry in the legend.
+
+    Args:
+        alone: colour where there is one run; several have their own.
+    """
+    from matplotlib.lines import Line2D
+
+    look: dict[str, Any] = {"linestyle": "", "marker": marker, "markersize": 6}
+    several = len(steps_of) > 1
+    for steps, colour in zip(steps_of, colours(len(steps_of)) if several else [alone], strict=True):
+        if len(steps):
+            some = np.array(steps)[np.unique(np.linspace(0, len(steps) - 1, MOST_POINTS // 4).astype(int))]
+            axes.plot(some, np.full(len(some), 0.03), transform=axes.get_xaxis_transform(), color=colour, **look)
+    return [(Line2D([], [], color=GREY if several else alone, **look), label)] if any(map(len, steps_of)) else []
+
+
 def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """At most about `MOST_POINTS` points that keep every peak: the least and the greatest value of equal stretches."""
     if len(steps) <= MOST_POINTS:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moexpand.train.report_events import mark_restarts
-from moexpand.train.report_plots import FEW_POINTS, GREY, MOST_POINTS, Entries, Line, Plot, Run, colours, plain
+from moexpand.train.report_events import restarts
+from moexpand.train.report_plots import FEW_POINTS, GREY, Entries, Line, Plot, Run, colours, mark, plain
 from moexpand.train.tables import series
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def _loss(axes: "Axes", runs: Sequence[Run]) -> Entries:
         axes.axhline(value, color=colour if len(entropies) > 1 else GREY, linestyle="--", linewidth=1.0)
     if entropies:
         entries.append((Line2D([], [], color=GREY, linestyle="--", linewidth=1.0), "entropy of token frequencies"))
-    return entries + _skipped(axes, runs) + mark_restarts(axes, runs)
+    return entries + _skipped(axes, runs) + mark(axes, list(map(restarts, runs)), "restarts", "^", "#202020")
 
 
 def _held_out_differences(axes: "Axes", runs: Sequence[Run]) -> Entries:
@@ -87,17 +87,7 @@ def _clipping(axes: "Axes", runs: Sequence[Run]) -> Entries:
 
 
 def _skipped(axes: "Axes", runs: Sequence[Run]) -> Entries:
-    from matplotlib.lines import Line2D
-
-    look: dict[str, Any] = {"linestyle": "", "marker": "x", "markersize": 6}
-    found = False
-    for run, colour in zip(runs, ["#c00000"] if len(runs) == 1 else colours(len(runs)), strict=True):
-        steps = np.array([row["step"] for row in run.rows if row.get("skipped")])
-        if len(steps):
-            steps = steps[np.unique(np.linspace(0, len(steps) - 1, MOST_POINTS // 4).astype(int))]
-            axes.plot(steps, np.full(len(steps), 0.03), transform=axes.get_xaxis_transform(), color=colour, **look)
-            found = True
-    return [(Line2D([], [], color="#c00000" if len(runs) == 1 else GREY, **look), "skipped steps")] if found else []
+    return mark(axes, [[row["step"] for row in run.rows if row.get("skipped")] for run in runs], "skipped steps", "x", "#c00000")
 
 
 def phase_names(runs: Sequence[Run]) -> list[str]:

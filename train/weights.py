@@ -1,5 +1,6 @@
 """Weights in and out of the engine: a Hugging Face folder, fresh ones, and back to a folder."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,18 @@ from moexpand.parallel.weights import Reader
 from moexpand.upcycle import fp8_rules
 from moexpand.upcycle.architecture import Architecture
 from moexpand.upcycle.families import family_of
-from moexpand.upcycle.family import SCALE, SPLIT, STACKS, Family
+from moexpand.upcycle.family import SCALE, SPLIT, STACKS, Family, with_scales
 from moexpand.upcycle.folder import write_checkpoint
 from moexpand.upcycle.fresh_config import architecture_config
 from moexpand.upcycle.fresh_weights import SELECTION_BIAS, fresh_tensor
 from moexpand.upcycle.logical import Weights, expert_of, model_tensors
-from moexpand.upcycle.tensors import stored_tensors
+from moexpand.upcycle.safetensors_file import Shape
+from moexpand.upcycle.tensors import scale_shape, stored_tensors
+
+Announced = dict[str, tuple[str, Shape]]
+"""Dtype and shape of tensors that are to be written."""
+
+Producer = Callable[[str], torch.Tensor]
 
 
 def load(engine: Engine, weights: Weights) -> None:
@@ -84,13 +91,25 @@ def write(
         return whole.to(dtype_of(name))
 
     announced = {name: (str(dtype_of(name)), shape) for name, shape in stored.items()}
-    if not fp8:
-        write_checkpoint(target, config, announced, produce, side_files, max_shard_size)
-        return
+    content: Producer = produce
+    if fp8:
+        config = config | {"quantization_config": fp8_rules.quantization_config(stored)}
+        announced, content = _in_fp8(announced, produce)
+    write_checkpoint(target, config, announced, content, side_files, max_shard_size)
+
+
+def _in_fp8(announced: Announced, produce: Producer) -> tuple[Announced, Producer]:
+    """The same tensors with the decoder's linears in block-FP8, each followed by its scales."""
     scales: dict[str, torch.Tensor] = {}
 
+    def told(name: str) -> tuple[str, Shape]:
+        if name.endswith(SCALE):
+            return fp8_rules.SCALES, scale_shape(announced[name.removesuffix(SCALE)][1])
+        dtype, shape = announced[name]
+        return (fp8_rules.WEIGHT if fp8_rules.quantised(name) else dtype), shape
+
     def rounded(name: str) -> torch.Tensor:
-        if name in scales:  # right after its weight
+        if name in scales:  # it is asked for right after its weight
             return scales.pop(name)
         whole = produce(name)
         if not fp8_rules.quantised(name):
@@ -98,11 +117,7 @@ def write(
         weight, scales[name + SCALE] = quantise(whole, WEIGHTS)
         return weight
 
-    told = {name: announced[name][0] if name in announced else fp8_rules.SCALES for name in fp8_rules.with_scales(stored)}
-    told |= {name: fp8_rules.WEIGHT for name in stored if fp8_rules.quantised(name)}
-    shapes = fp8_rules.with_scales(stored)
-    config = config | {"quantization_config": fp8_rules.quantization_config(stored)}
-    write_checkpoint(target, config, {name: (told[name], shapes[name]) for name in shapes}, rounded, side_files, max_shard_size)
+    return {name: told(name) for name in with_scales(announced, fp8_rules.quantised)}, rounded
 
 
 def _stacked(tensors: dict[str, torch.Tensor], name: str, architecture: Architecture, family: Family) -> torch.Tensor:

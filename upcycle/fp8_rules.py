@@ -8,9 +8,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from moexpand.upcycle.family import SCALE
-from moexpand.upcycle.safetensors_file import Shape
-from moexpand.upcycle.tensors import BLOCK, scale_shape
+from moexpand.upcycle.tensors import BLOCK
 
 WEIGHT, SCALES = "float8_e4m3fn", "float32"
 """Formats that are written; scales are powers of two in fp32, which every reader takes."""
@@ -25,19 +23,9 @@ def quantised(name: str) -> bool:
     return _LINEAR.search(name) is not None and not any(part in name for part in _ELSEWHERE)
 
 
-def with_scales(shapes: dict[str, Shape]) -> dict[str, Shape]:
-    """The tensors of a split file, each that is quantised followed by its scales."""
-    found: dict[str, Shape] = {}
-    for name, shape in shapes.items():
-        found[name] = shape
-        if quantised(name):
-            found[name + SCALE] = scale_shape(shape)
-    return found
-
-
 def quantization_config(names: Iterable[str]) -> dict[str, Any]:
     """What config.json says of a model with these tensors (of a split file)."""
-    kept = dict.fromkeys(name.rpartition(".")[0] for name in names if not quantised(name) and not name.endswith(SCALE))
+    kept = dict.fromkeys(name.rpartition(".")[0] for name in names if not quantised(name))
     return {
         "quant_method": "fp8",
         "fmt": "e4m3",

@@ -17,9 +17,9 @@ from moexpand.conf.axes import Axis, combinations, point_name, split_axes
 from moexpand.conf.compose import compose, to_yaml
 from moexpand.conf.keys import keys_of
 from moexpand.conf.train_schema import TrainCommand
-from moexpand.launch.scripts import LAUNCHED
 from moexpand.launch.search import Search, Trial
 from moexpand.launch.slurm import queued, queued_job, states
+from moexpand.launch.torchrun import LAUNCHED
 from moexpand.train.tables import EVALUATIONS, METRICS, read_rows
 
 POLL_SECONDS = 15.0

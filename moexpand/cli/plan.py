@@ -48,7 +48,7 @@ def run(config: PlanCommand) -> int:
     if config.out is not None and fitting:
         with disk_errors(f"writing {config.out}"):
             Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(Path(config.out), _configuration(config, fitting[0]))
+        write_atomic(Path(config.out), _configuration(config, fitting[0], arch.num_hidden_layers))
     if config.format == "json":
         print(json.dumps(_json(config, fitting, found, refused, limit), indent=1))
         return DONE if fitting else DIFFERENCE
@@ -167,9 +167,9 @@ def _json(
     }
 
 
-def _configuration(config: PlanCommand, first: Candidate) -> str:
+def _configuration(config: PlanCommand, first: Candidate, num_layers: int) -> str:
     """A file for `train --config-name`."""
-    layers = [stage.layers for stage in stages(find_model(config.model).architecture.num_hidden_layers, first.parallel)]
+    layers = [stage.layers for stage in stages(num_layers, first.parallel)]
     several = config.nodes > 1
     lines = [
         f"# {told(first.parallel)}: {first.memory.total / GIB:.1f} GiB on the fullest GPU, by moexpand plan.",

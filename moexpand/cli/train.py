@@ -1,32 +1,28 @@
 """`moexpand train`: check everything, then start the workers on this machine, submit them to SLURM, or write their script."""
 
 import shlex
-import signal
 import sys
 from pathlib import Path
-from types import FrameType
 
-from moexpand.base.errors import DONE, InputError, Stopped
+from moexpand.base.errors import DONE, InputError
 from moexpand.base.files import disk_errors, write_atomic
 from moexpand.base.result import remove_result
 from moexpand.base.run_lock import refuse_running
 from moexpand.conf.compose import to_yaml
 from moexpand.conf.fields import changed
 from moexpand.conf.train_schema import TrainCommand
-from moexpand.launch.local import run_workers
-from moexpand.launch.scripts import LAUNCHED, batch_script, torchrun_script
+from moexpand.launch.local import run_workers, stop_before_workers
+from moexpand.launch.scripts import batch_script, torchrun_script
 from moexpand.launch.slurm import refuse_queued, submit
-from moexpand.launch.torchrun import command_line
+from moexpand.launch.torchrun import LAUNCHED, WORKER, command_line, worker_arguments
 from moexpand.train import preflight
 
-WORKER = "moexpand.train"
 BY_HAND = "torchrun.sh"
 
 
 def run(config: TrainCommand) -> int:
     """Check, then start; returns the workers' code where they run on this machine."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, _stopped)
+    stop_before_workers()
     for given in changed(config.sweep, "sweep"):
         raise InputError(f"{given} is for several runs; give --multirun as well, or leave it out.")
     check(config)
@@ -57,7 +53,7 @@ def _sound(config: TrainCommand) -> str:
     """What a dry run says: that nothing is wrong, and what would run. The script goes alone to standard output."""
     folder, launch = Path(config.run.dir), config.launch
     if launch.name == "local":
-        words = shlex.join(command_line(WORKER, _arguments(folder), launch.processes))
+        words = shlex.join(command_line(WORKER, worker_arguments(folder), launch.processes))
         return f"The configuration is sound; with it in {folder / LAUNCHED}, this would run:\n{words}"
     print(f"The configuration is sound; with it in {folder / LAUNCHED}, this script would start the run:", file=sys.stderr)
     return (batch_script if launch.name == "slurm" else torchrun_script)(launch, folder.absolute())
@@ -67,7 +63,7 @@ def _here(config: TrainCommand, folder: Path) -> int:
     """Run the workers on this machine to their end."""
     return run_workers(
         WORKER,
-        _arguments(folder),
+        worker_arguments(folder),
         config.launch.processes,
         log=folder / "launch.log",
         result=folder,
@@ -89,12 +85,3 @@ def _write(config: TrainCommand, folder: Path) -> int:
     print(f"Start this on each of {config.launch.nodes} nodes, with NODE from 0 and any free PORT of the node with NODE=0:")
     print(f"bash {folder / BY_HAND} NODE HEAD:PORT")
     return DONE
-
-
-def _arguments(folder: Path) -> list[str]:
-    return ["--config-dir", str(folder), "--config-name", LAUNCHED]
-
-
-def _stopped(number: int, frame: FrameType | None) -> None:
-    """Before there are workers; `run_workers` then has handlers of its own."""
-    raise Stopped(f"Stopped by {signal.Signals(number).name} before training began; nothing is lost, start again to go on.")

@@ -1,5 +1,7 @@
 """What an engine really holds: numbers of parameters, bytes of buffers and states, of saved tensors, and of a step's peak."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,26 +34,10 @@ class Measured:
 
 def measure(layout: dict[str, Any], precision: str, layers: int, tokens: int = TOKENS, micro_batches: int = 1) -> Measured:
     """Build an engine on this rank, take a step, and look. Experts are not filled up to equal rows, as on a GPU."""
-    import torch
-
-    from moexpand.parallel import ranks, rows
-    from moexpand.parallel.engine import Engine
-    from moexpand.parallel.optimizer import AdamSettings
-    from moexpand.parallel.shape import Layout, ModelShape, RouterRules
-    from tests.parallel.runs import micro_batch, on_device
+    from moexpand.parallel import rows
 
     rows._capacities = lambda *unused: None  # type: ignore[assignment]
-    here = ranks.start(Layout(**layout), timeout_seconds=120)
-    try:
-        shape = ModelShape(num_hidden_layers=layers, **SHAPE)  # type: ignore[arg-type]
-        engine = Engine(shape, Layout(**layout), RouterRules("ste", balance_coefficient=1e-3), precision, here)
-        with torch.no_grad():
-            for stage in engine.stages:
-                for parameter in stage.parameters():
-                    parameter.normal_(0, 0.02)
-        engine.prepare_training(AdamSettings())
-        batches = on_device([micro_batch(number, tokens, SHAPE["vocab_size"]) for number in range(micro_batches)])
-        engine.step(batches, 1e-3)  # makes the optimiser's states
+    with trained(layout, precision, layers, tokens, micro_batches) as (engine, batches):
         parameters = [parameter for stage in engine.stages for parameter in stage.parameters()]
         experts = sum(parameter.numel() for parameter in parameters if not getattr(parameter, "allreduce", True))
         buffers = [each for wrapped in engine.wrapped for each in wrapped.buffers + wrapped.expert_parallel_buffers]
@@ -64,8 +50,25 @@ def measure(layout: dict[str, Any], precision: str, layers: int, tokens: int = T
             saved=_saved(engine, batches),
             peak=min(_peak(engine, batches) for _ in range(4)),
         )
-    finally:
-        ranks.stop()
+
+
+@contextmanager
+def trained(
+    layout: dict[str, Any], precision: str, layers: int, tokens: int, micro_batches: int
+) -> Iterator[tuple[Any, list[Any]]]:
+    """An engine that has made a step, which makes the optimiser's states, and its micro-batches."""
+    from moexpand.parallel.shape import ModelShape
+    from moexpand.train.weights import fresh
+    from moexpand.upcycle.architecture import Architecture
+    from tests.parallel.runs import built_engine, micro_batch, on_device, prepare
+
+    read = fresh(Architecture(num_hidden_layers=layers, **SHAPE), seed=0)  # type: ignore[arg-type]
+    shape = ModelShape(num_hidden_layers=layers, **SHAPE)  # type: ignore[arg-type]
+    with built_engine(shape, read, layout, {"gradient": "ste", "balance_coefficient": 1e-3}, precision) as engine:
+        prepare(engine)
+        batches = on_device([micro_batch(number, tokens, SHAPE["vocab_size"]) for number in range(micro_batches)])
+        engine.step(batches, 1e-3)
+        yield engine, batches
 
 
 def _states(engine: Any, parameters: list[Any]) -> int:
@@ -123,12 +126,6 @@ def travelled(layout: dict[str, Any], layers: int, micro_batches: int) -> dict[s
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from moexpand.parallel import ranks
-    from moexpand.parallel.engine import Engine
-    from moexpand.parallel.optimizer import AdamSettings
-    from moexpand.parallel.shape import Layout, ModelShape, RouterRules
-    from tests.parallel.runs import micro_batch, on_device
-
     sent: dict[str, int] = {}
 
     def tensors(argument: Any) -> list[Any]:
@@ -155,19 +152,8 @@ def travelled(layout: dict[str, Any], layers: int, micro_batches: int) -> dict[s
                 sent[name] = sent.get(name, 0) + amount
             return function(*arguments, **(options or {}))
 
-    here = ranks.start(Layout(**layout), timeout_seconds=120)
-    try:
-        shape = ModelShape(num_hidden_layers=layers, **SHAPE)  # type: ignore[arg-type]
-        engine = Engine(shape, Layout(**layout), RouterRules("ste", balance_coefficient=1e-3), "fp32", here)
-        with torch.no_grad():
-            for stage in engine.stages:
-                for parameter in stage.parameters():
-                    parameter.normal_(0, 0.02)
-        engine.prepare_training(AdamSettings())
-        batches = on_device([micro_batch(number, TOKENS, SHAPE["vocab_size"]) for number in range(micro_batches)])
-        engine.step(batches, 1e-3)
+    with trained(layout, "fp32", layers, TOKENS, micro_batches) as (engine, batches):
+        here = engine.ranks
         with Listen():
             engine.step(batches, 1e-3)
-        return {name: amount for name, amount in sent.items() if amount}
-    finally:
-        ranks.stop()
+    return {name: amount for name, amount in sent.items() if amount}
