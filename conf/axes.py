@@ -30,6 +30,12 @@ class Axis:
     interval: tuple[float, float] | None = None
     logarithmic: bool = False
 
+    @property
+    def first(self) -> str:
+        """A value that it can have, as a word of a command line."""
+        value = self.values[0] if self.interval is None else f"{self.interval[0]:g}"
+        return f"{self.key}={value}"
+
 
 def split_axes(overrides: list[str]) -> tuple[list[str], list[Axis]]:
     """Take the axes out of the words of a command line.

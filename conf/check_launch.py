@@ -1,7 +1,6 @@
 """Rules between the keys of `launch`; one sentence each."""
 
 import re
-from dataclasses import fields
 
 from moexpand.base.errors import InputError
 from moexpand.conf.fields import changed
@@ -9,6 +8,19 @@ from moexpand.conf.launch_schema import Launch
 
 LOCAL = ("name", "processes", "grace_seconds", "dry_run")
 """What a start on this machine reads."""
+
+OF_SLURM = (
+    "job_name",
+    "partition",
+    "account",
+    "time",
+    "gpus_per_node",
+    "cpus_per_node",
+    "signal_seconds",
+    "restarts",
+    "options",
+)
+"""What a job of SLURM alone reads."""
 
 
 def check_launch(launch: Launch) -> None:
@@ -88,8 +100,5 @@ def _refuse_unread(launch: Launch) -> None:
         key = given.partition("=")[0].removeprefix("launch.")
         if launch.name == "local" and key not in LOCAL:
             raise InputError(f"{given} changes nothing on this machine alone; give launch=slurm or launch=torchrun.")
-        if launch.name == "torchrun" and key in _SLURM:
+        if launch.name == "torchrun" and key in OF_SLURM:
             raise InputError(f"{given} belongs to launch=slurm; leave it out, or give launch=slurm.")
-
-
-_SLURM = tuple(each.name for each in fields(Launch) if each.metadata["help"].startswith("slurm: "))

@@ -59,8 +59,9 @@ def _value(key: Key, value: str, text: str) -> str:
         value = quoted(value)
     elif key.type is list and literal and not value.startswith("["):
         value = f"[{quoted(value)}]"
+    value = _plain_list(key, value)
     try:
-        override = OverridesParser.create().parse_override(f"{key.name}={_plain_list(key, value)}")
+        override = OverridesParser.create().parse_override(f"{key.name}={value}")
     except HydraException:
         raise InputError(
             f"{text} cannot be read: {key.name} takes {TAKES[key.type]}; put quotes round unusual characters."
@@ -68,7 +69,7 @@ def _value(key: Key, value: str, text: str) -> str:
     if override.is_sweep_override():
         raise InputError(f"{text} gives several values to {key.name}; give one.")
     check_value(key, override.value(), "")
-    return _plain_list(key, value)
+    return value
 
 
 def _plain_list(key: Key, value: str) -> str:

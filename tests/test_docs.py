@@ -50,8 +50,7 @@ def compose_line(words: list[str]) -> Any:
 
         fixed, axes = split_axes(request.overrides)
         assert axes, words
-        point = [f"{axis.key}={axis.values[0] if axis.values else (axis.interval or (0.0,))[0]}" for axis in axes]
-        return compose(request.command, fixed + point)
+        return compose(request.command, fixed + [axis.first for axis in axes])
     return compose(request.command, request.overrides, request.config_dir, request.config_name)
 
 

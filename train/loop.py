@@ -22,9 +22,9 @@ from moexpand.train.checkpoints import Progress
 from moexpand.train.display import Display
 from moexpand.train.evaluation import HeldOut
 from moexpand.train.guard import Guard, History
-from moexpand.train.inheritance import inherited_moments
 from moexpand.train.metrics import console_line, evaluation_line, source_row, step_row
 from moexpand.train.parent_loss import parent_loss
+from moexpand.train.parent_moments import inherited_moments
 from moexpand.train.preflight import PLAN, Source
 from moexpand.train.provenance import made_by
 from moexpand.train.records import Records

@@ -54,10 +54,8 @@ def multirun(overrides: list[str], config_dir: str | None, config_name: str | No
     fixed, axes = split_axes(overrides)
     if not axes:
         raise InputError("--multirun needs a key with several values, as in optim.lr=1e-5,3e-5.")
-    first = [f"{axis.key}={axis.values[0] if axis.interval is None else axis.interval[0]}" for axis in axes]
     whole = {axis.key for axis in axes if (key := keys_of(TrainCommand).get(axis.key)) is not None and key.type is int}
-    first = [word.removesuffix(".0") if word.partition("=")[0] in whole else word for word in first]
-    base: TrainCommand = compose("train", fixed + first, config_dir, config_name)
+    base: TrainCommand = compose("train", fixed + [axis.first for axis in axes], config_dir, config_name)
     folder = Path(base.run.dir)
     _check_sweep(base, axes)
 

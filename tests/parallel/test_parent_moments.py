@@ -36,7 +36,7 @@ def _inherit(
 ) -> tuple[Held, list[float]]:
     """Build the child and let it take the moments over."""
     from moexpand.parallel import optimizer_state
-    from moexpand.parallel.inherit import inherit
+    from moexpand.parallel.parent_moments import inherit
 
     with runs.engine(folder, layout, RULES, "bf16", changes) as built:
         runs.prepare(built)
@@ -110,7 +110,7 @@ def test_a_run_of_the_child_itself_is_no_parent(trained: tuple[Path, Whole], chi
 
 def test_another_model_is_refused(trained: tuple[Path, Whole], deep_parent: Path) -> None:
     from moexpand.base.errors import InputError
-    from moexpand.parallel.inherit import inherit
+    from moexpand.parallel.parent_moments import inherit
 
     with runs.engine(deep_parent, {}, RULES, "bf16") as built:
         runs.prepare(built)

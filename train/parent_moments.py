@@ -6,7 +6,7 @@ from moexpand.base.errors import EnvironmentFailure, InputError
 from moexpand.conf.compose import from_yaml
 from moexpand.conf.train_schema import TrainCommand
 from moexpand.parallel.engine import Engine
-from moexpand.parallel.inherit import inherit
+from moexpand.parallel.parent_moments import inherit
 from moexpand.parallel.ranks import Ranks, broadcast, gather
 from moexpand.train import checkpoints
 from moexpand.train.preflight import Source
