@@ -6,6 +6,7 @@ parents that their slots copy.
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,7 @@ class _Stored:
             name: each for name, each in metadata.state_dict_metadata.items() if isinstance(each, TensorStorageMetadata)
         }
         self.adam_step = float(dist_checkpointing.load_common_state_dict(str(folder))["extra"]["adam_step"])
+        self._mapped = lru_cache(maxsize=64)(self._map)  # neighbouring experts lie in one box
         self._by_first: dict[str, dict[int, list[Any]]] = {}
         """Stored boxes by name and first index, with which all boxes of a layer begin."""
         self._places = {(index.fqn, tuple(index.offset)): place for index, place in metadata.storage_data.items() if index.offset}
@@ -131,7 +133,9 @@ class _Stored:
             ]
             if any(start >= stop for start, stop in spans):
                 continue
-            source = self._mapped(key, chunk)[tuple(slice(a - o, b - o) for (a, b), o in zip(spans, chunk.offsets, strict=True))]
+            source = self._mapped(key, tuple(chunk.offsets), tuple(chunk.sizes))[
+                tuple(slice(a - o, b - o) for (a, b), o in zip(spans, chunk.offsets, strict=True))
+            ]
             target[tuple(slice(a - o, b - o) for (a, b), o in zip(spans, offset, strict=True))].copy_(torch.from_numpy(source))
             filled += source.size
         assert filled == target.numel(), f"{self._folder} does not hold all of {key}"
@@ -145,8 +149,8 @@ class _Stored:
             if start < first + count:
                 yield from (chunk for chunk in chunks if start + chunk.sizes[0] > first)
 
-    def _mapped(self, key: str, chunk: Any) -> np.ndarray:
-        place = self._places[key, tuple(chunk.offsets)]
+    def _map(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> np.ndarray:
+        place = self._places[key, offsets]
         beginning, _ = self._reader.data_of(place)
         # Copy-on-write, since torch wants arrays that could be written.
-        return np.memmap(self._folder / place.relative_path, np.float32, "c", beginning, tuple(chunk.sizes))
+        return np.memmap(self._folder / place.relative_path, np.float32, "c", beginning, sizes)

@@ -65,8 +65,8 @@ def train(
         read = Batches(data, config, here.data_rank, here.data_size, progress.step)
         guard = Guard(config.guard, History(**progress.guard))
         saver = Saver(engine, run, config.save, to_yaml(config), progress.step, records)
-        if progress.step < steps:
-            saver.check_space()
+        for note in saver.check_space() if progress.step < steps else []:
+            display.say(note)
 
         def interrupted() -> bool:
             watchdog.mark(f"evaluating step {progress.step}")

@@ -221,10 +221,7 @@ def _mixture_kept(work: Work, parallel: Parallel) -> tuple[int, int]:
 def rows_of_rank(work: Work, parallel: Parallel) -> int:
     """Token copies that a rank's experts compute for one micro-batch of everyone."""
     tokens = tokens_of_rank(work, parallel) // parallel.tensor
-    even = tokens * work.architecture.num_experts_per_tok * parallel.expert_tensor
-    if parallel.dispatcher == "grouped_allgather" or parallel.expert == 1:
-        return even  # as many for every rank, whatever the router says
-    return int(even * work.imbalance)
+    return int(tokens * work.architecture.num_experts_per_tok * parallel.expert_tensor * work.imbalance)
 
 
 def _layer_working(work: Work, parallel: Parallel) -> int:

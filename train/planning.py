@@ -105,7 +105,7 @@ def examine(work: Work, cluster: Cluster, wanted: Parallel) -> tuple[list[Candid
         except InputError as error:
             refused.append(Refusal(parallel, str(error)))
             continue
-        even = parallel.dispatcher == "grouped_allgather"
+        even = parallel.expert == 1 or parallel.dispatcher == "grouped_allgather"  # whatever the router says
         own = replace(work, imbalance=1.0) if even else work
         sent = traffic(own, parallel, cluster.world, cluster.gpus_per_node)
         held = memory(own, parallel, cluster.world)
@@ -166,8 +166,6 @@ def seconds(work: Work, parallel: Parallel, cluster: Cluster, sent: list[Traffic
     _, micro_batches = replicas_of(work, parallel, cluster.world)
     again = {"none": 0.0, "selective": 0.7, "full": 1.0}[parallel.recompute]
     flops = work.global_batch * work.seq_length * flops_of_token(work) * (3 + again) / 3
-    if parallel.expert > 1:
-        flops *= work.imbalance
     bubble = (parallel.pipeline - 1) / (micro_batches * parallel.interleave)
     computing = flops / (cluster.world * cluster.gpu.flops * EFFICIENCY) * (1 + bubble)
     moving = sum(each.nbytes / (cluster.gpu.node_rate if each.link == NODE else cluster.network_rate) for each in sent)
@@ -177,12 +175,13 @@ def seconds(work: Work, parallel: Parallel, cluster: Cluster, sent: list[Traffic
 def flops_of_token(work: Work) -> float:
     """Multiply-adds of a token times two, forward and backward: 6 for each parameter that it uses, and the attention's scores.
 
-    A sequence is taken to be one sample; samples that are packed together have fewer scores.
+    On the busiest rank, whose experts have `imbalance` times the mean. A sequence is taken to be one sample; samples that are
+    packed together have fewer scores.
     """
     arch = work.architecture
     heads = arch.num_attention_heads * arch.head_dim
     attention = arch.hidden_size * 2 * (heads + arch.num_key_value_heads * arch.head_dim)
-    experts = 3 * arch.num_experts_per_tok * arch.hidden_size * arch.moe_intermediate_size
+    experts = 3 * arch.num_experts_per_tok * arch.hidden_size * arch.moe_intermediate_size * work.imbalance
     layer = attention + experts + arch.num_experts * arch.hidden_size
     scores = 2 * heads * work.seq_length / 2
     return 6 * (arch.num_hidden_layers * (layer + scores) + arch.vocab_size * arch.hidden_size)

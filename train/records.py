@@ -58,10 +58,6 @@ class Records:
             now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
             self._events.append({"time": now, "step": step, "event": kind, "text": text})
 
-    def note(self, text: str) -> None:
-        """Tell the user something that is no event."""
-        self._say(text)
-
     def lacks_evaluation(self, step: int) -> bool:
         """Whether no evaluation of this step is written down (rank 0 knows)."""
         return self._main and step not in self.held_out

@@ -39,8 +39,8 @@ class Saver:
         self.newest: int | None = step or None
         """Step of the newest checkpoint, published or begun."""
 
-    def check_space(self) -> None:
-        """Look whether the disk can take the checkpoints that are to come.
+    def check_space(self) -> list[str]:
+        """Look whether the disk can take the checkpoints that are to come; returns a line for the user where it cannot take all.
 
         Raises:
             EnvironmentFailure: on all ranks, there is no room for a single one.
@@ -54,11 +54,12 @@ class Saver:
             )
         # A new one is written before an old one is removed.
         more = self._settings.keep + self._settings.keep_best + 1 - len(list_steps(self._run))
-        if self._settings.every and free < more * size:
-            self._records.note(
-                f"WARNING: there are to be {more} more checkpoints at a time (save.keep), each of {size / 1e6:,.0f} MB, and "
-                f"{self._run} has {free / 1e6:,.0f} MB free."
-            )
+        if not self._settings.every or free >= more * size:
+            return []
+        return [
+            f"WARNING: there are to be {more} more checkpoints at a time (save.keep), each of {size / 1e6:,.0f} MB, and {self._run} "
+            f"has {free / 1e6:,.0f} MB free."
+        ]
 
     @property
     def writing(self) -> bool:

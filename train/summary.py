@@ -1,9 +1,11 @@
 """What is said at the end of a run: how long, how fast, where the losses went, what happened on the way."""
 
 import statistics
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from moexpand.base.errors import MoexpandError
 from moexpand.train.tables import EVALUATIONS, EVENTS, METRICS, read_rows
 
 
@@ -15,9 +17,11 @@ def clock(seconds: float) -> str:
 
 
 def summary(run: Path) -> list[str]:
-    """Lines about the whole run, its restarts included; from the tables in its folder."""
-    steps, events = read_rows(run / METRICS), read_rows(run / EVENTS)
-    evaluations = read_rows(run / EVALUATIONS)
+    """Lines about the whole run, its restarts included, from the tables in its folder; a run that is done cannot fail by them."""
+    try:
+        steps, events, evaluations = (read_rows(run / name) for name in (METRICS, EVENTS, EVALUATIONS))
+    except MoexpandError as error:
+        return [f"There is no summary: {error}"]
     if not steps:
         return []
     tenth = max(1, len(steps) // 10)
@@ -29,7 +33,7 @@ def summary(run: Path) -> list[str]:
         f"{waited / spent:.1%} of the time waiting for data",
         f"loss {_loss(steps[:tenth])} in the first tenth, {_loss(steps[-tenth:])} in the last{_held_out(evaluations)}",
     ]
-    counted = {kind: sum(row["event"] == kind for row in events) for kind in ("started", "skipped", "leapt", "save failed")}
+    counted = Counter(row["event"] for row in events)
     told = [f"{counted['started'] - 1} restarts"] if counted["started"] > 1 else []
     told += [f"{counted[kind]} {words}" for kind, words in _WORDS.items() if counted[kind]]
     return [*lines, *([", ".join(told)] if told else [])]
