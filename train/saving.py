@@ -57,8 +57,8 @@ class Saver:
         if not self._settings.every or free >= more * size:
             return []
         return [
-            f"WARNING: there are to be {more} more checkpoints at a time (save.keep), each of {size / 1e6:,.0f} MB, and {self._run} "
-            f"has {free / 1e6:,.0f} MB free."
+            f"WARNING: there are to be {more} more checkpoints at a time (save.keep), each of {size / 1e6:,.0f} MB, and "
+            f"{self._run} has {free / 1e6:,.0f} MB free."
         ]
 
     @property
